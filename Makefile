@@ -1,0 +1,31 @@
+# Every target sets itself up: a virtual environment in .venv, the versions in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test notebooks export clean
+
+demo: $(READY)       # train GRPO and CAPO side by side, a few minutes
+	$(BIN)/capo demo
+
+test: $(READY)       # everything, each notebook included
+	$(BIN)/pytest
+
+notebooks: export    # execute and save them all, or those in NB="nbs/00_calibration.ipynb ..."
+	$(BIN)/python nbs/tools/execute.py $(NB)
+	$(BIN)/python nbs/tools/readme.py
+
+export: $(READY)     # notebooks to capo/ and README.md
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python nbs/tools/readme.py
+
+clean:
+	rm -rf build dist *.egg-info _docs _proc .pytest_cache .mypy_cache .hypothesis
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	    "capo needs Python 3.11 or newer, and $(PYTHON) is %d.%d: name another with make PYTHON=..." % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@

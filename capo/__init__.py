@@ -1,0 +1,9 @@
+"""CAPO, Calibration-Aware Policy Optimization for reasoning LLMs (arXiv 2604.12632): the pure core, torch and nothing heavier."""
+__version__ = "0.1.0"
+
+from .calibration import auc, auc_mean, group_auc, group_index, pair_auc, pooled_auc
+from .surrogate import Surrogate, exponential, hinge, linear, logistic
+from .logprob import mean_logp, perplexity, token_logps
+from .grpo import clip_fraction, clipped_loss, grpo_advantage
+from .advantage import capo_advantage, pairwise_advantage, pairwise_loss
+from .mask import noise_mask, quantile_thresholds

@@ -1,0 +1,30 @@
+"Each notebook runs once, in a process of its own, by nbdev_test, within its time limit."
+import subprocess, sys
+from pathlib import Path
+
+import pytest
+
+NBS = Path(__file__).parents[1]/"nbs"
+SECONDS = {
+    "00_calibration.ipynb": 180,
+    "01_surrogate.ipynb": 180,
+    "02_logprob.ipynb": 180,
+    "03_grpo.ipynb": 180,
+    "04_advantage.ipynb": 180,
+    "05_mask.ipynb": 180,
+    "10_task.ipynb": 180,
+    "11_rollout.ipynb": 180,
+    "index.ipynb": 180,
+}
+
+
+def test_every_notebook_is_listed():
+    assert sorted(SECONDS) == sorted(p.name for p in NBS.glob("*.ipynb") if p.name[0] not in "_.")
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_notebook(name):
+    nbdev_test = Path(sys.executable).with_name("nbdev_test")
+    run = subprocess.run([nbdev_test, "--path", NBS/name], cwd=NBS, timeout=SECONDS[name], capture_output=True, text=True)
+    # It exits 0 when it finds nothing to run, too: hence the word.
+    assert run.returncode == 0 and "Success." in run.stdout, run.stdout + run.stderr
