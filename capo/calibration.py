@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-# %% ../nbs/00_calibration.ipynb #f3fd0fe0
+# %% ../nbs/00_calibration.ipynb #6d068368
 def as_correct(
     correct: Shaped[Tensor, "..."], # 0/1 of any type, or bool
 ) -> Bool[Tensor, "..."]:
@@ -21,7 +21,7 @@ def as_correct(
     if odd.numel(): raise ValueError(f"correct must hold 0 and 1 only, or be bool; it holds {odd[0].item():g}")
     return correct == 1
 
-# %% ../nbs/00_calibration.ipynb #66d6e6d4
+# %% ../nbs/00_calibration.ipynb #f3fd0fe0
 def check_groups(
     score: Shaped[Tensor, "..."],              # one number a response
     correct: Shaped[Tensor, "..."],            # 0/1 or bool, same shape
@@ -35,7 +35,7 @@ def check_groups(
     if not score.shape == correct.shape == valid.shape:
         raise ValueError(f"{name}, correct and valid must have one shape; "
                          f"they have {tuple(score.shape)}, {tuple(correct.shape)} and {tuple(valid.shape)}")
-    score = score.detach().to(torch.promote_types(score.dtype, torch.float32))
+    score = score.detach().to(torch.promote_types(score.dtype, torch.float32) if score.is_floating_point() else torch.float64)
     if not score[valid].isfinite().all():
         raise ValueError(f"{name} holds NaN or infinity where valid is True; leave such responses out with valid=False")
     return score.where(valid, 0), as_correct(correct.where(valid, 0)), valid
@@ -45,10 +45,11 @@ def auc(
     score: Shaped[Tensor, "N"],   # higher is more confident
     correct: Shaped[Tensor, "N"], # 0/1 or bool
 ) -> float:
-    """Area under the ROC curve of `score` for `correct`, ties ½; nan when there is one class only. (Paper, §3.)
+    """Area under the ROC curve of `score` for `correct`, ties ½; nan when there is one class only. 
 
     `O(N log N)`, exact in float64, on any device. Raises `ValueError` on shapes that disagree, NaN or infinite scores,
     values of `correct` other than 0 and 1."""
+    if score.ndim != 1: raise ValueError(f"score must be one list of responses; it has shape {tuple(score.shape)}")
     score, correct, _ = check_groups(score, correct)
     score, correct = score.cpu().double(), correct.cpu()
     right, wrong = score[correct], score[~correct].sort().values
@@ -63,6 +64,7 @@ def pair_counts(
     valid: Shaped[Tensor, "B G"] | None = None,  # False: the response takes part in no pair
 ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
     "Pairs won (ties ½) and pairs of a right and a wrong response, for each question."
+    if score.ndim != 2: raise ValueError(f"score must be (B, G), questions by responses; it has shape {tuple(score.shape)}")
     score, correct, valid = check_groups(score, correct, valid)
     margin = score[:, :, None] - score[:, None, :]
     pair = (correct & valid)[:, :, None] & (~correct & valid)[:, None, :]
@@ -112,7 +114,7 @@ def pooled_auc(
     score, correct, valid = check_groups(score, correct, valid)
     return auc(score[valid], correct[valid])
 
-# %% ../nbs/00_calibration.ipynb #30e75285
+# %% ../nbs/00_calibration.ipynb #7a619265
 def group_index(
     ids: Iterable[Hashable] | Shaped[Tensor, "N"], # the question that each response belongs to
 ) -> tuple[Int[Tensor, "B G"], Bool[Tensor, "B G"]]:
@@ -121,7 +123,7 @@ def group_index(
     Where `valid` is False, `index` repeats the row's first response. Back to flat: `out[index[valid]] = y[valid]`.
     Raises `ValueError` when `ids` is empty."""
     rows: dict[Hashable, list[int]] = {}
-    for i, q in enumerate(ids.tolist() if isinstance(ids, Tensor) else ids): rows.setdefault(q, []).append(i)
+    for i, q in enumerate(ids.tolist() if isinstance(ids, Tensor) else ids): rows.setdefault(q.item() if isinstance(q, Tensor) else q, []).append(i)
     if not rows: raise ValueError("ids is empty: there is no response to group")
     size = torch.tensor([len(r) for r in rows.values()])
     G = int(size.max())

@@ -1,0 +1,136 @@
+"Token log-probabilities against each model's own loss, for several architectures."
+from functools import cache
+
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given, strategies as st
+
+from capo.logprob import chunked_logps, gather_logps, mean_logp, perplexity, token_logps
+
+V = 16
+
+
+def llama():
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                              initializer_range=.5, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+
+
+def gpt2():
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=.5,
+                                            pad_token_id=0, eos_token_id=1, bos_token_id=None))
+
+
+def qwen2():
+    return hf.Qwen2ForCausalLM(hf.Qwen2Config(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                              num_key_value_heads=1, initializer_range=.5, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+
+
+def lora():
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(llama(), LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+MODELS = {f.__name__: f for f in (llama, gpt2, qwen2, lora)}
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+@cache
+def model_of(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MODELS[name]().eval()
+
+
+def tokens(*shape, seed=0): return torch.randint(2, V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def own_loss(model, ids, t):
+    "Minus the log-probability of token t of one unpadded sequence, by the model's own loss."
+    labels = torch.full_like(ids, -100)
+    labels[t] = ids[t]
+    with torch.no_grad(): return model(input_ids=ids[None], labels=labels[None]).loss
+
+
+@each_model
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_token_is_what_the_models_own_loss_says(name, side):
+    model, lengths, T = model_of(name), (7, 4, 1), 7
+    ids, mask, want = torch.zeros(3, T, dtype=torch.long), torch.zeros(3, T, dtype=torch.long), torch.zeros(3, T)
+    for i, n in enumerate(lengths):
+        at = slice(T - n, T) if side == "left" else slice(0, n)
+        ids[i, at], mask[i, at] = tokens(n, seed=i), 1
+        want[i, at] = torch.tensor([0.] + [-own_loss(model, ids[i, at], t) for t in range(1, n)])
+    with torch.no_grad(): found = token_logps(model, ids, mask)
+    torch.testing.assert_close(found, want, rtol=0, atol=2e-5)
+    assert want.abs().sum() > 1                                       # the model is not a uniform one
+    for last in range(1, T + 1):
+        with torch.no_grad(): torch.testing.assert_close(token_logps(model, ids, mask, last=last), want[:, T - last:], rtol=0, atol=2e-5)
+
+
+@each_model
+def test_padding_may_hold_any_token(name):
+    ids, mask = tokens(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    with torch.no_grad(): a, b = (token_logps(model_of(name), ids.where(mask.bool(), junk), mask) for junk in (0, 9))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert (a[mask == 0] == 0).all() and a[0, 2] == 0                 # nothing is known of the first real token
+
+
+@each_model
+def test_the_budget_changes_nothing_not_even_the_gradient(name):
+    model, ids = model_of(name), tokens(3, 6)
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    def value_and_gradient(budget):
+        logp = token_logps(model, ids, torch.ones_like(ids), last=4, budget=budget)
+        return logp.detach(), torch.cat([g.flatten() for g in torch.autograd.grad((logp * logp).sum(), weights)])
+
+    logp, slope = value_and_gradient(2**24)
+    assert slope.norm() > 1
+    for budget in (1, V, 5 * V, 12 * V):                              # a position at a time, five with a remainder, all
+        torch.testing.assert_close(value_and_gradient(budget), (logp, slope), rtol=1e-4, atol=1e-4)
+
+
+@each_model
+def test_temperature_divides_the_logits(name):
+    ids = tokens(2, 5)
+    with torch.no_grad():
+        z = model_of(name)(input_ids=ids).logits[:, :-1]
+        for T in (.5, 3.):
+            want = torch.distributions.Categorical(logits=z / T).log_prob(ids[:, 1:])
+            torch.testing.assert_close(token_logps(model_of(name), ids, torch.ones_like(ids), temperature=T)[:, 1:], want, rtol=0, atol=2e-5)
+
+
+@given(st.integers(1, 4), st.integers(0, 5), st.integers(2, 9), st.integers(1, 60), st.integers(0, 99))
+def test_chunks_of_any_size(N, T, V, budget, seed):
+    g = torch.Generator().manual_seed(seed)
+    z, x = 50 * torch.randn(N, T, V, dtype=torch.float64, generator=g), torch.randint(V, (N, T), generator=g)
+    want = -torch.nn.functional.cross_entropy(z.movedim(-1, 1), x, reduction="none")
+    torch.testing.assert_close(chunked_logps(z, x, budget), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_summed_in_float32(dtype):
+    g = torch.Generator().manual_seed(0)
+    z, x = torch.randn(6, 5000, generator=g).to(dtype), torch.randint(5000, (6,), generator=g)
+    found = gather_logps(z, x)
+    torch.testing.assert_close(found, z.double().log_softmax(-1).gather(1, x[:, None])[:, 0].float(), rtol=0, atol=1e-5)
+    assert found.dtype == torch.float32
+    assert gather_logps(torch.tensor([[-6e4, 0., 6e4]]).to(dtype), torch.tensor([0])).isfinite().all()
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(0, 99))
+def test_lpm_is_the_mean_of_a_responses_own_tokens(lengths, seed):
+    logp = -torch.rand(len(lengths), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    junk = logp.where(mask, torch.tensor([float("nan"), 3., float("-inf")] * 2))
+    want = torch.stack([x[:n].mean() for x, n in zip(logp, lengths)])          # nan for an empty one
+    torch.testing.assert_close(mean_logp(junk, mask), want, equal_nan=True)
+    torch.testing.assert_close(mean_logp(junk[None, :, None], mask[None, :, None].long()), want[None, :, None], equal_nan=True)
+    torch.testing.assert_close(perplexity(junk, mask).log(), -want, equal_nan=True)
+
+
+def test_lpm_of_padding_has_no_gradient():
+    logp = torch.tensor([[-1., -2., float("inf")]], requires_grad=True)
+    mean_logp(logp, torch.tensor([[1, 1, 0]])).sum().backward()
+    assert logp.grad.tolist() == [[.5, .5, 0.]]

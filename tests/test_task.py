@@ -1,0 +1,125 @@
+"The arithmetic world: its problems, its teachers, its tokenizer, its pages."
+import random
+import re
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from capo.task import (FACTS, Teacher, arithmetic, arithmetic_tokenizer, base_model, calibrated_teacher, corpus_batch, last_number, pretrain,
+                       running_totals, systematic_teacher, tiny_lm, verify)
+
+chains = st.lists(st.tuples(st.sampled_from("+-"), st.integers(1, 9)), min_size=2, max_size=5).map(lambda x: "".join(f"{s}{d}" for s, d in x)[1:] + "=")
+tokenizer = arithmetic_tokenizer()
+
+
+@given(st.text("ab ,+=", max_size=5), st.integers(-999, 999), st.text("ab ,+=", max_size=5), st.integers(-999, 999))
+def test_the_last_number_counts(before, n, after, other):
+    text = f"{before},{other} {n}{after}"
+    assert last_number(text) == str(n) and verify(text, str(n)) and verify(text, str(other)) == (n == other)
+    assert last_number(before + after) is None and not verify(before + after, str(n))
+
+
+def test_the_extractor_is_a_choice():
+    first = lambda text: text.split(",")[0]
+    assert verify("3,4", "3", first) and not verify("3,4", "4", first) and not verify("3,4", "3")
+
+
+@given(chains)
+def test_running_totals_are_what_python_computes(prompt):
+    steps = running_totals(prompt)
+    prefixes = [prompt[:2 * i + 1] for i in range(2, len(prompt) // 2 + 1)]
+    assert [total for *_, total in steps] == [eval(p) for p in prefixes]
+    assert [f"{sign}{d}" for sign, d, _ in steps] == re.findall(r"[+-]\d", prompt[1:])
+
+
+@pytest.mark.parametrize("terms", [(2,), (2, 3, 4), (5,)])
+def test_problems_hold_their_answers(terms):
+    problems = arithmetic(100, seed=3, terms=terms)
+    assert len(problems) == 100 and all(eval(p.prompt[:-1]) == int(p.answer) and p.prompt[-1] == "=" for p in problems)
+    assert {len(re.findall(r"\d", p.prompt)) for p in problems} == set(terms)
+
+
+def test_problems_are_drawn_by_seed_without_the_excluded():
+    assert arithmetic(50, 1) == arithmetic(50, 1) != arithmetic(50, 2)
+    assert arithmetic(50, 1)[:20] == arithmetic(20, 1)
+    two = arithmetic(100, 1, distinct=True, terms=(2,))
+    assert len({p.prompt for p in two}) == 100
+    rest = arithmetic(62, 2, {p.prompt for p in two}, distinct=True, terms=(2,))
+    assert len({p.prompt for p in two + rest}) == 162                             # 9 · 2 · 9: all that there are
+
+
+@given(chains, st.integers(0, 99))
+def test_a_teacher_without_slips_is_right(prompt, seed):
+    pages = Teacher(dict.fromkeys(FACTS, 0.))(prompt, random.Random(seed))
+    assert pages == ",".join(str(total) for *_, total in running_totals(prompt))
+    assert verify(pages, str(eval(prompt[:-1])))
+
+
+@given(chains, st.integers(0, 99))
+def test_a_slip_carries_on(prompt, seed):
+    "A teacher who always slips by 10 is off by 10 more at every step; without offsets, by 1…9 either way."
+    steps = running_totals(prompt)
+    always = dict.fromkeys(FACTS, 1.)
+    page = [int(x) for x in Teacher(always, dict.fromkeys(FACTS, 10))(prompt, random.Random(seed)).split(",")]
+    assert page == [total + 10 * (i + 1) for i, (*_, total) in enumerate(steps)]
+    page = [int(x) for x in Teacher(always)(prompt, random.Random(seed)).split(",")]
+    off = [0] + [x - total for x, (*_, total) in zip(page, steps)]
+    assert all(1 <= abs(b - a) <= 9 for a, b in zip(off, off[1:]))
+
+
+def test_slips_come_at_the_rate_of_their_fact():
+    teacher, rng = Teacher(dict.fromkeys(FACTS, 0.) | {(7, "+", 5): .3}), random.Random(0)
+    slips = [teacher("7+5=", rng) != "12" for _ in range(2000)]
+    assert sum(slips) / 2000 == pytest.approx(.3, abs=.05) and teacher("7+4=", rng) == "11"
+
+
+def test_the_two_teachers():
+    calibrated, systematic = calibrated_teacher(1), systematic_teacher(1)
+    assert set(calibrated.rates) == set(systematic.rates) == set(FACTS) and len(FACTS) == 180
+    assert all(.4 <= x <= .55 for x in calibrated.rates.values()) and calibrated.offsets is None
+    assert all(.02 <= x <= .9 for x in systematic.rates.values()) and all(1 <= abs(x) <= 9 for x in systematic.offsets.values())
+    assert max(systematic.rates.values()) > .8 and min(systematic.rates.values()) < .1
+    assert calibrated == calibrated_teacher(1) != calibrated_teacher(2) and systematic == systematic_teacher(1) != systematic_teacher(2)
+
+
+@given(st.lists(st.text("0123456789+-=,", min_size=1, max_size=9), min_size=1, max_size=4))
+def test_a_token_is_a_character(texts):
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    assert batch.attention_mask.sum(1).tolist() == [len(t) for t in texts] and (batch.attention_mask[:, -1] == 1).all()   # pads left
+    assert tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True) == texts
+    assert tokenizer("<eos>").input_ids == [tokenizer.eos_token_id]
+
+
+def test_the_labels_are_the_response_and_its_end():
+    teacher = calibrated_teacher()
+    ids, attention, labels = corpus_batch(teacher, tokenizer, random.Random(0), 64)
+    for i, a, label in zip(ids, attention, labels):
+        page, learnt = tokenizer.decode(i[a.bool()]), tokenizer.decode(label[label != -100])
+        assert page.endswith(learnt) and page[:-len(learnt)].endswith("=") and learnt.endswith("<eos>") and "=" not in learnt
+        assert learnt.count(",") == len(running_totals(page)) - 1
+        assert (label[a == 0] == -100).all()
+
+
+def test_pretraining_learns_and_repeats():
+    def run(steps):
+        model = tiny_lm(16, 1, 2)
+        return list(pretrain(model, tokenizer, calibrated_teacher(), steps, 16)), model.state_dict()
+    (loss, weights), (again, same) = run(30), run(30)
+    assert len(loss) == 30 and loss == again and all(weights[k].equal(same[k]) for k in weights)
+    assert sum(loss[-5:]) < .9 * sum(loss[:5])
+
+
+def test_tiny_models_are_drawn_by_seed_and_leave_torchs_generator_alone():
+    before = torch.get_rng_state()
+    a, b, c = tiny_lm(16, 1, 2, seed=1), tiny_lm(16, 1, 2, seed=1), tiny_lm(16, 1, 2, seed=2)
+    assert torch.get_rng_state().equal(before)
+    assert a.lm_head.weight.equal(b.lm_head.weight) and not a.lm_head.weight.equal(c.lm_head.weight)
+
+
+def test_the_shipped_model_is_often_wrong_and_knows_it():
+    from capo.evaluate import evaluate
+    from capo.rollout import HFSampler, rollout
+    model, tokenizer = base_model()
+    numbers = evaluate(rollout(HFSampler(model, tokenizer, 16), arithmetic(64, seed=5), 16, verify))
+    assert not model.training and .05 < numbers["accuracy"] < .35 and numbers["auc_mean"] > .65 and numbers["truncated"] < .02
