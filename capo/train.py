@@ -133,7 +133,7 @@ class CSVLog:
         with self.path.open("a", newline="") as f:
             writer = csv.DictWriter(f, self.columns)
             if first: writer.writeheader()
-            writer.writerow(row)
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 # %% ../nbs/14_train.ipynb #5d22f3ee
 @dataclass

@@ -114,6 +114,7 @@ def test_any_type_of_score_and_label(dtype):
         assert as_correct(c).equal(correct.bool())
 
 
-def test_float64_is_not_rounded():
+def test_float64_and_integers_are_not_rounded():
+    large = torch.tensor([2**24 + 1, 2**24])
     score = 1 + torch.tensor([[1e-12, 0.]], dtype=torch.float64)
-    assert auc(score[0], torch.tensor([1, 0])) == group_auc(score, torch.tensor([[1, 0]])).item() == 1
+    for s in (score, large[None]): assert auc(s[0], torch.tensor([1, 0])) == group_auc(s, torch.tensor([[1, 0]])).item() == 1

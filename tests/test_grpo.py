@@ -62,6 +62,14 @@ def test_padding_changes_nothing(case, junk, n, scale):
     close(grpo_advantage(wide(reward, junk), scale, wide(valid, False)), wide(grpo_advantage(reward, scale, valid), 0.), 1e-6)
 
 
+@pytest.mark.parametrize("reward", [.1, 1e6 + .1, -3.3, 0., 1.])
+@pytest.mark.parametrize("scale", [True, False])
+def test_equal_rewards_give_exactly_0(reward, scale):
+    assert (grpo_advantage(torch.full((1, 7), reward), scale) == 0).all()
+    one_left_out = torch.tensor([[9.] + [reward] * 7])
+    assert (grpo_advantage(one_left_out, scale, one_left_out != 9) == 0).all()
+
+
 def test_ragged_groups():
     reward = torch.tensor([1., 0., 0., 1., 1., 0.])
     index, valid = group_index("abacba")
@@ -125,7 +133,7 @@ def test_the_loss_ignores_padding_and_order(case, eps, seed, n):
     wide = lambda x, fill: torch.cat([x, torch.full((len(x), n), fill, dtype=x.dtype)], 1)
     junk = clipped_loss(wide(logp, math.nan), wide(old, -math.inf), A, wide(mask, 0), eps)
     close(junk, loss)
-    close(clipped_loss(logp, old, A, mask.bool(), eps), loss)
+    for m in (mask.bool(), 3 * mask, mask / 2): close(clipped_loss(logp, old, A, m, eps), loss)   # nonzero is on
 
 
 @given(tokens(), EPS)
@@ -167,5 +175,5 @@ def test_extreme_ratios_stay_finite(dtype, A):
     loss = clipped_loss(logp, logp.detach().flip(0), torch.full((2,), A, dtype=dtype), torch.ones(2, 3))
     loss.backward()
     ratio = policy_ratio(logp, logp.detach().flip(0), torch.ones(2, 3))
-    assert logp.grad.isfinite().all()
-    if dtype != torch.float16: assert loss.isfinite() and ratio.isfinite().all()                # exp(20) is above float16's largest
+    assert loss.isfinite() and ratio.isfinite().all() and logp.grad.isfinite().all()
+    assert ratio.dtype == torch.float32                                           # exp(20) is above float16's largest

@@ -101,12 +101,12 @@ def test_temperature_divides_the_logits(name):
             torch.testing.assert_close(token_logps(model_of(name), ids, torch.ones_like(ids), temperature=T)[:, 1:], want, rtol=0, atol=2e-5)
 
 
-@given(st.integers(1, 4), st.integers(0, 5), st.integers(2, 9), st.integers(1, 60), st.integers(0, 99))
-def test_chunks_of_any_size(N, T, V, budget, seed):
+@given(st.integers(1, 4), st.integers(0, 5), st.integers(2, 9), st.integers(1, 60), st.sampled_from([1., .5, 3.]), st.integers(0, 99))
+def test_chunks_of_any_size(N, T, V, budget, temperature, seed):
     g = torch.Generator().manual_seed(seed)
     z, x = 50 * torch.randn(N, T, V, dtype=torch.float64, generator=g), torch.randint(V, (N, T), generator=g)
-    want = -torch.nn.functional.cross_entropy(z.movedim(-1, 1), x, reduction="none")
-    torch.testing.assert_close(chunked_logps(z, x, budget), want, rtol=1e-12, atol=1e-12)
+    want = -torch.nn.functional.cross_entropy(z.movedim(-1, 1) / temperature, x, reduction="none")
+    torch.testing.assert_close(chunked_logps(z, x, temperature, budget), want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -115,7 +115,7 @@ def test_half_precision_logits_are_summed_in_float32(dtype):
     z, x = torch.randn(6, 5000, generator=g).to(dtype), torch.randint(5000, (6,), generator=g)
     found = gather_logps(z, x)
     torch.testing.assert_close(found, z.double().log_softmax(-1).gather(1, x[:, None])[:, 0].float(), rtol=0, atol=1e-5)
-    assert found.dtype == torch.float32
+    assert found.dtype == mean_logp(found[None].to(dtype), torch.ones(1, 6)).dtype == torch.float32
     assert gather_logps(torch.tensor([[-6e4, 0., 6e4]]).to(dtype), torch.tensor([0])).isfinite().all()
 
 
