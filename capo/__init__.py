@@ -7,3 +7,7 @@ from .logprob import mean_logp, perplexity, token_logps
 from .grpo import clip_fraction, clipped_loss, grpo_advantage
 from .advantage import capo_advantage, pairwise_advantage, pairwise_loss
 from .mask import noise_mask, quantile_thresholds
+
+__all__ = ["auc", "auc_mean", "group_auc", "group_index", "pair_auc", "pooled_auc", "Surrogate", "exponential", "hinge", "linear", "logistic",
+           "mean_logp", "perplexity", "token_logps", "clip_fraction", "clipped_loss", "grpo_advantage",
+           "capo_advantage", "pairwise_advantage", "pairwise_loss", "noise_mask", "quantile_thresholds"]

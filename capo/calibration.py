@@ -45,7 +45,7 @@ def auc(
     score: Shaped[Tensor, "N"],   # higher is more confident
     correct: Shaped[Tensor, "N"], # 0/1 or bool
 ) -> float:
-    """Area under the ROC curve of `score` for `correct`, ties ½; nan when there is one class only. 
+    """Area under the ROC curve of `score` for `correct`, ties ½; nan when there is one class only.
 
     `O(N log N)`, exact in float64, on any device. Raises `ValueError` on shapes that disagree, NaN or infinite scores,
     values of `correct` other than 0 and 1."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from .compare import REF_HIGH, REF_LOW, TAU, arms, compare, make_base, new_folder, table
 from .recipe import capo, grpo
-from .train import TrainConfig
+from .train import NonFiniteLoss, TrainConfig
 
 # %% ../nbs/40_cli.ipynb #c8b49e1e
 def parser() -> argparse.ArgumentParser:
@@ -61,7 +61,7 @@ def demo(a: argparse.Namespace, command: str) -> None:
 def main(
     argv: Sequence[str] | None = None, # without the program's name; None: those of the process
 ) -> int:
-    "The `capo` command: 0 when done, 2 with one sentence on bad input."
+    "The `capo` command: 0 when done, 2 with one sentence on bad input, 1 if training broke, 130 if it was interrupted."
     argv = list(sys.argv[1:] if argv is None else argv)
     a, command = parser().parse_args(argv), shlex.join(["capo", *argv])
     try:
@@ -69,7 +69,10 @@ def main(
         else:
             if a.steps < 1: raise ValueError(f"steps must be at least 1; it is {a.steps}")
             print("The base model is in", make_base(a.seed, str(new_folder(a.out)), a.steps))
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, NonFiniteLoss) as e:
         print(f"capo: {e}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(e, NonFiniteLoss) else 2
+    except KeyboardInterrupt:
+        print("\ncapo: interrupted; the logs so far are in the output folder", file=sys.stderr)
+        return 130
     return 0
