@@ -15,7 +15,6 @@ from .surrogate import Surrogate, logistic
 # %% ../nbs/04_advantage.ipynb #e916ccec
 def _pairs(lpm: Tensor, correct: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     "Margins lpm_i − lpm_j `(B, G, G)`, and where i is right, j is wrong and both are valid."
-    if lpm.ndim != 2: raise ValueError(f"lpm must be (B, G), questions by responses; it is {tuple(lpm.shape)}")
     _, correct, valid = check_groups(lpm, correct, valid, name="lpm")
     lpm = lpm.to(torch.promote_types(lpm.dtype, torch.float32)).where(valid, 0)
     return lpm[:, :, None] - lpm[:, None, :], (correct & valid)[:, :, None] & (~correct & valid)[:, None, :]

@@ -27,10 +27,12 @@ def check_groups(
     correct: Shaped[Tensor, "..."],            # 0/1 or bool, same shape
     valid: Shaped[Tensor, "..."] | None = None, # False where a response is absent; None: all are there
     name: str = "score",                       # what the error calls `score`
+    axes: int = 2,                             # 2 for (B, G), 1 for one list
 ) -> tuple[Float[Tensor, "..."], Bool[Tensor, "..."], Bool[Tensor, "..."]]:
     """`score` in float32 or wider with 0 where invalid, `correct` and `valid` as booleans.
 
-    Raises `ValueError` when shapes disagree, or when a valid score is NaN or infinite."""
+    Raises `ValueError` when shapes disagree or axes are too few or too many, or when a valid score is NaN or infinite."""
+    if score.ndim != axes: raise ValueError(f"{name} must be {'(B, G), questions by responses' if axes == 2 else 'one list of responses'}; its shape is {tuple(score.shape)}")
     valid = torch.ones_like(correct, dtype=torch.bool) if valid is None else valid.bool()
     if not score.shape == correct.shape == valid.shape:
         raise ValueError(f"{name}, correct and valid must have one shape; "
@@ -49,8 +51,7 @@ def auc(
 
     `O(N log N)`, exact in float64, on any device. Raises `ValueError` on shapes that disagree, NaN or infinite scores,
     values of `correct` other than 0 and 1."""
-    if score.ndim != 1: raise ValueError(f"score must be one list of responses; it has shape {tuple(score.shape)}")
-    score, correct, _ = check_groups(score, correct)
+    score, correct, _ = check_groups(score, correct, axes=1)
     score, correct = score.cpu().double(), correct.cpu()
     right, wrong = score[correct], score[~correct].sort().values
     if not len(right) or not len(wrong): return float("nan")
@@ -64,7 +65,6 @@ def pair_counts(
     valid: Shaped[Tensor, "B G"] | None = None,  # False: the response takes part in no pair
 ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
     "Pairs won (ties ½) and pairs of a right and a wrong response, for each question."
-    if score.ndim != 2: raise ValueError(f"score must be (B, G), questions by responses; it has shape {tuple(score.shape)}")
     score, correct, valid = check_groups(score, correct, valid)
     margin = score[:, :, None] - score[:, None, :]
     pair = (correct & valid)[:, :, None] & (~correct & valid)[:, None, :]

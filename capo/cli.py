@@ -48,9 +48,7 @@ def demo(a: argparse.Namespace, command: str) -> None:
     "Trains the chosen arms, prints the table, and says where the files are."
     lr = a.lr if a.lr is not None else LORA_LR if a.lora_rank else FULL_LR
     config = TrainConfig(steps=a.steps, updates=a.updates, lr=lr, eval_every=a.eval_every, lora_rank=a.lora_rank)
-    if a.workers is not None and a.workers < 1: raise ValueError(f"workers must be at least 1; it is {a.workers}")
     makers = {k: v for k, v in arms(a.tau, a.ref_low, a.ref_high).items() if k in a.method}
-    for make in makers.values(): make()
     out, start = a.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}", time.perf_counter()
     print(f"Training {', '.join(makers)} for {a.steps} steps on seed {', '.join(map(str, a.seeds))}; files go to {out}/", flush=True)
     summary = compare(out, makers, a.seeds, config, a.fresh_base, a.workers, note={"command": command})

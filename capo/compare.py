@@ -44,9 +44,9 @@ def held_out_questions(n: int = 256) -> list:
     "The questions of every evaluation: distinct, and never trained on."
     return arithmetic(n, seed=10, distinct=True)
 
-def training_questions(n: int, seed: int) -> list:
+def training_questions(n: int, seed: int, held_out: Sequence) -> list:
     "`n` questions to train on, none of them held out."
-    return arithmetic(n, seed=1000 + seed, exclude={p.prompt for p in held_out_questions()})
+    return arithmetic(n, seed=1000 + seed, exclude={p.prompt for p in held_out})
 
 # %% ../nbs/16_compare.ipynb #83e22763
 def evaluator(
@@ -108,7 +108,7 @@ def run_job(job: Job) -> dict[str, Any]:
             return row
         def log(row: dict) -> None:
             steps(row); bar.set_postfix(batch=f"{row['reward']:.2f}", **shown); bar.update()
-        problems = training_questions(job.config.steps * job.config.questions, seed)
+        problems = training_questions(job.config.steps * job.config.questions, seed, questions)
         result = train(model, tokenizer, problems, job.make(), evaluate=watch, log=log, config=job.config, folder=folder)
     last = kept[job.config.steps]
     if job.save_base: save_responses(folder.parent / f"base-{seed}.jsonl.gz", kept[0], questions)
@@ -169,8 +169,12 @@ def compare(
     and for each run a folder `ARM-SEED` with `log.csv`, `evals.csv`, `responses.jsonl.gz`.
     Raises `FileExistsError` if the folder holds something, `ValueError` if there is no arm or no seed, or a seed occurs twice."""
     if not makers or not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"at least one arm and distinct seeds are needed; they are {list(makers)} and {list(seeds)}")
+    for name, x in (("workers", workers), ("questions", questions), ("samples", samples)):
+        if x is not None and x < 1: raise ValueError(f"{name} must be at least 1; it is {x}")
+    for make in makers.values(): make()                    # a recipe that cannot be made says so before anything is written
     folder = new_folder(folder)
-    about = {"arms": {k: str(getattr(v, "args", "")) + str(getattr(v, "keywords", "") or "") for k, v in makers.items()}, "seeds": list(seeds), "fresh_base": fresh_base,
+    said = lambda x: getattr(x, "__name__", str(x))
+    about = {"arms": {k: [said(getattr(v, "func", v)), *map(said, getattr(v, "args", ()))] for k, v in makers.items()}, "seeds": list(seeds), "fresh_base": fresh_base,
              "train": asdict(config), "questions": questions, "samples": samples, "version": _capo.__version__, "commit": commit(), "torch": torch.__version__,
              "python": platform.python_version(), **note}
     (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")

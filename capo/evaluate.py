@@ -58,10 +58,11 @@ def bootstrap(
     """Percentile interval of a statistic under resampling of questions; resamples where it is nan are left out.
 
     Data of two models on the same questions, passed together, gives a paired interval of their difference.
-    Raises `ValueError` if the tensors do not agree on the number of questions, or `level` is not inside (0, 1)."""
+    Raises `ValueError` if the tensors do not agree on the number of questions, `level` is not inside (0, 1), or `n` below 1."""
     sizes = {len(d) for d in data}
     if len(sizes) != 1 or 0 in sizes: raise ValueError(f"data must share a positive number of questions; the sizes are {sorted(sizes)}")
     if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1; it is {level}")
+    if n < 1: raise ValueError(f"n must be at least 1; it is {n}")
     size, generator = sizes.pop(), torch.Generator().manual_seed(seed)
     draws = (torch.randint(size, (size,), generator=generator) for _ in range(n))
     values = torch.tensor([float(statistic(*(d[i] for d in data))) for i in draws], dtype=torch.float64)

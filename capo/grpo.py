@@ -20,6 +20,7 @@ def grpo_advantage(
 
     A group of one, or of equal rewards, gives 0. Raises `ValueError` on NaN or infinite rewards and on shapes that disagree."""
     valid = torch.ones_like(reward, dtype=torch.bool) if valid is None else valid.bool()
+    if reward.ndim != 2: raise ValueError(f"reward must be (B, G), questions by responses; its shape is {tuple(reward.shape)}")
     if reward.shape != valid.shape: raise ValueError(f"reward and valid must have one shape; they have {tuple(reward.shape)} and {tuple(valid.shape)}")
     if not reward[valid].isfinite().all(): raise ValueError("reward holds NaN or infinity")
     reward = reward.to(torch.promote_types(reward.dtype, torch.float32))
@@ -36,18 +37,19 @@ def policy_ratio(
     old_logp: Float[Tensor, "N T"],  # under the policy that sampled, no gradient
     mask: Shaped[Tensor, "N T"],     # nonzero on response tokens
 ) -> Float[Tensor, "N T"]:
-    "π/π_old of each token in float32 or wider, 1 outside the mask; the log-ratio is clamped to ±20 so that the ratio stays finite."
+    "π/π_old of each token in float32 or wider, 1 outside the mask; the log-ratio is clamped to ±20. NaN where a log-probability is not finite."
     wide = torch.promote_types(logp.dtype, torch.float32)
-    return (logp.to(wide) - old_logp.detach().to(wide)).where(mask.bool(), 0).clamp(-20, 20).exp()
+    log_ratio = (logp.to(wide) - old_logp.detach().to(wide)).where(mask.bool(), 0)
+    return log_ratio.clamp(-20, 20).exp() + 0 * log_ratio.detach() # 0 · ∞ is NaN: the clamp must not hide it
 
 # %% ../nbs/03_grpo.ipynb #0536c770
 def clip_range(
     eps: float | tuple[float, float], # a number, or (low, high)
 ) -> tuple[float, float]:
     "(1 − low, 1 + high); a `ValueError` unless 0 ≤ low ≤ 1 and high ≥ 0."
-    low, high = eps if isinstance(eps, (tuple, list)) else (eps, eps)
-    if not (0 <= low <= 1 and 0 <= high): raise ValueError(f"eps must be a number in [0, 1], or (low, high) with low in [0, 1] and high ≥ 0; it is {eps}")
-    return 1 - low, 1 + high
+    pair = tuple(eps) if isinstance(eps, (tuple, list)) else (eps, eps)
+    if len(pair) != 2 or not (0 <= pair[0] <= 1 and 0 <= pair[1]): raise ValueError(f"eps must be a number in [0, 1], or (low, high) with low in [0, 1] and high ≥ 0; it is {eps}")
+    return 1 - pair[0], 1 + pair[1]
 
 # %% ../nbs/03_grpo.ipynb #8b01690f
 def clipped_loss(
@@ -59,7 +61,7 @@ def clipped_loss(
 ) -> Float[Tensor, ""]:
     """−J of the clipped objective: token mean inside a response, then mean over responses. (2402.03300, eq. 3; paper, objective.)
 
-    Empty responses count 0. Raises `ValueError` on shapes that disagree or a bad `eps`."""
+    Empty responses count 0; log-probabilities that are not finite give NaN. Raises `ValueError` on shapes that disagree or a bad `eps`."""
     N, T = logp.shape
     if not old_logp.shape == mask.shape == (N, T) or advantage.shape != (N,):
         raise ValueError(f"old_logp and mask must be {(N, T)} like logp, advantage {(N,)}; they are "

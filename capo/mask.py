@@ -32,7 +32,7 @@ def noise_mask(
         if not x >= 1: raise ValueError(f"{name} is a perplexity, at least 1; it is {x}")
     _check_ppl(ref_ppl)
     _, right, present = check_groups(torch.zeros_like(ref_ppl), correct, ~ref_ppl.isnan(), name="ref_ppl")
-    ref_ppl = ref_ppl.to(torch.promote_types(ref_ppl.dtype, torch.float32)) # a threshold such as 1.05 has no exact half
+    ref_ppl = ref_ppl.to(torch.promote_types(ref_ppl.dtype, torch.float32)).clamp(min=1) # 1.05 has no exact half; a certain response may round to below 1
     return torch.where(right, ref_ppl <= high, ref_ppl >= low) & present
 
 # %% ../nbs/05_mask.ipynb #f735908b

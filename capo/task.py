@@ -59,11 +59,14 @@ def arithmetic(
     distinct: bool = False,        # no prompt twice
     terms: tuple[int, ...] = (2, 3, 4), # how many terms a chain may have
 ) -> list[Problem]:
-    "`n` chains of sums of one-digit terms 1…9. Raises `ValueError` if `n` is not positive."
+    "`n` chains of sums of one-digit terms 1…9. Raises `ValueError` if `n` is not positive, `terms` below 2, or no further chain is left."
     if n < 1: raise ValueError(f"n must be at least 1; it is {n}")
-    rng, seen = random.Random(seed), set(exclude)
+    if not terms or min(terms) < 2: raise ValueError(f"terms must be at least 2; they are {terms}")
+    rng, every = random.Random(seed), sum(9 * 18 ** (t - 1) for t in set(terms))
+    seen = {p for p in exclude if len(re.findall("[+-]", p)) + 1 in terms}
     out: list[Problem] = []
     while len(out) < n:
+        if len(seen) == every: raise ValueError(f"there are only {every} chains of {terms} terms; {len(out)} of {n} could be drawn")
         prompt = "".join(rng.choice("+-") + str(rng.randint(1, 9)) for _ in range(rng.choice(terms)))[1:] + "="
         if prompt in seen: continue
         if distinct: seen.add(prompt)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-install_import_hook("capo", "beartype.beartype")  # before the first import of capo
+install_import_hook("capo", "typecheck.check")  # before the first import of capo
 torch.set_num_threads(1)
 settings.register_profile("capo", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("capo")

@@ -79,8 +79,8 @@ def test_rewards_that_are_not_0_or_1(f, bad):
 T = one(2, 3)
 CASES = {
     "auc: shapes": (lambda: lib.calibration.auc(x[0], c[0, :2]), "one shape"),
-    "auc: two axes": (lambda: lib.calibration.auc(x, c), "score must be one list of responses; it has shape (1, 3)"),
-    **{f"{f.__name__}: one axis": (lambda f=f: f(x[0], c[0]), "score must be (B, G), questions by responses; it has shape (3,)")
+    "auc: two axes": (lambda: lib.calibration.auc(x, c), "score must be one list of responses; its shape is (1, 3)"),
+    **{f"{f.__name__}: one axis": (lambda f=f: f(x[0], c[0]), "score must be (B, G), questions by responses; its shape is (3,)")
        for f in (lib.calibration.group_auc, lib.calibration.auc_mean, lib.calibration.pair_auc)},
     "auc: NaN": (lambda: lib.calibration.auc(tensor([nan, 1.]), tensor([1, 0])), "NaN"),
     "no ids": (lambda: lib.calibration.group_index([]), "ids is empty"),

@@ -12,6 +12,7 @@ from capo import cli
 from capo.cli import main
 from capo.compare import REF_HIGH, REF_LOW, TAU, compare
 from capo.recipe import capo, grpo, grpo_size
+from capo.train import NonFiniteLoss
 from test_compare import FAKES, InProcess, summarise
 from test_recipe import rollouts
 
@@ -57,6 +58,16 @@ def test_an_output_folder_with_another_run_is_left_alone(command, as_file, capsy
     assert main([command, "--out", "old"]) == 2
     assert capsys.readouterr().err == "capo: old holds another run; name a new folder\n"
     assert files() == before and Path("old" if as_file else "old/log.csv").read_text() == "results"
+
+
+@pytest.mark.parametrize("stop, code, words", [(NonFiniteLoss("the loss of step 3 is nan"), 1, "the loss of step 3 is nan"), (KeyboardInterrupt(), 130, "interrupted"),
+                                               (OSError("no space"), 2, "no space")], ids=["loss", "interrupt", "disk"])
+def test_a_run_that_stops_ends_with_a_sentence_and_a_code(monkeypatch, capsys, stop, code, words):
+    def compare(*args, **options): raise stop
+    monkeypatch.setattr(cli, "compare", compare)
+    assert main(["demo"]) == code
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("capo: ") and words in said and "\n" not in said
 
 
 def test_base_with_no_steps_writes_nothing(capsys):
@@ -119,7 +130,7 @@ def test_a_demo_from_end_to_end(monkeypatch, capsys):
     monkeypatch.setattr(cli, "compare", partial(compare, questions=8, samples=4))
     assert main(["demo", "--steps", "2", "--method", "capo", "--seeds", "3", "--out", "runs/new"]) == 0
     out = Path("runs/new")
-    assert {p.name for p in out.iterdir()} == {"config.json", "summary.json", "comparison.png", "capo-3"}
+    assert {p.name for p in out.iterdir()} == {"config.json", "summary.json", "comparison.png", "base-3.jsonl.gz", "capo-3"}
     assert json.loads((out / "config.json").read_text())["command"] == "capo demo --steps 2 --method capo --seeds 3 --out runs/new"
     said, final = capsys.readouterr().out, json.loads((out / "summary.json").read_text())["final"]
     assert f"{final['capo']['accuracy']['mean']:.3f}" in said and "runs/new/comparison.png" in said

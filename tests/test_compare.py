@@ -18,7 +18,7 @@ from capo.compare import (Job, arms, at_accuracy, compare, draw, equal_accuracy,
 from capo.evaluate import accuracy, most_confident
 from capo.recipe import capo, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
-from capo.task import arithmetic_tokenizer, base_model, tiny_lm, verify
+from capo.task import arithmetic_tokenizer, base_model, calibrated_teacher, tiny_lm, verify
 from capo.train import TrainConfig
 from test_recipe import rollouts
 
@@ -60,7 +60,7 @@ RUNS = ["grpo-0", "capo-0", "grpo-3", "capo-3"]
 def test_the_files_of_a_comparison(done):
     folder, summary = done
     assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == sorted(
-        ["config.json", "summary.json", "comparison.png"] + [f"{r}/{f}" for r in RUNS for f in ("log.csv", "evals.csv", "responses.jsonl.gz")])
+        ["config.json", "summary.json", "comparison.png", "base-0.jsonl.gz", "base-3.jsonl.gz"] + [f"{r}/{f}" for r in RUNS for f in ("log.csv", "evals.csv", "responses.jsonl.gz")])
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     about = json.loads((folder / "config.json").read_text())
     assert about["train"]["steps"] == 4 and about["seeds"] == [0, 3] and about["command"] == "a word" and list(about["arms"]) == ["grpo", "capo"]
@@ -97,6 +97,8 @@ def test_the_responses_are_those_that_the_last_evaluation_scored(done):
         for found in both:
             assert [(x["id"], x["prompt"], x["answer"]) for x in found] == [(q, p.prompt, p.answer) for q, p in enumerate(questions) for _ in range(4)]
             assert all(x["correct"] == verify(x["response"], x["answer"]) for x in found)         # none of these is truncated
+        base = responses(folder / "base-0.jsonl.gz")
+        assert sum(x["correct"] for x in base) / 48 == pytest.approx(summary["final"]["base"]["accuracy"]["by_seed"][0]) and base != both[0]
         final, right = summary["final"][arm], [sum(x["correct"] for x in found) / 48 for found in both]
         assert final["accuracy"]["by_seed"] == pytest.approx(right) and final["accuracy"]["mean"] == pytest.approx(sum(right) / 2)
         score, correct = (torch.tensor([x[k] for x in both[0]]).view(12, 4) for k in ("lpm", "correct"))
@@ -111,6 +113,7 @@ def test_a_seed_gives_the_same_files_twice(done, tmp_path):
         a, b = folder / r, tmp_path / "two" / r
         assert (a / "evals.csv").read_text() == (b / "evals.csv").read_text()
         assert (a / "responses.jsonl.gz").read_bytes() == (b / "responses.jsonl.gz").read_bytes()
+        assert (folder / "base-3.jsonl.gz").read_bytes() == (tmp_path / "two" / "base-3.jsonl.gz").read_bytes()
         untimed = lambda path: [{k: v for k, v in row.items() if k != "seconds"} for row in rows(path / "log.csv")]
         assert untimed(a) == untimed(b)
     assert again["final"]["capo"]["accuracy"]["by_seed"][0] == summary["final"]["capo"]["accuracy"]["by_seed"][1]
@@ -146,8 +149,9 @@ def test_rescored_auc_ranks_the_base_models_responses_by_the_policy():
 def test_held_out_questions_are_distinct_and_never_trained_on():
     held = [p.prompt for p in held_out_questions()]
     assert len(set(held)) == 256 and [p.prompt for p in held_out_questions(40)] == held[:40]
-    for seed in (0, 1): assert not {p.prompt for p in training_questions(2000, seed)} & set(held)
-    assert training_questions(50, 0) == training_questions(50, 0) != training_questions(50, 1)
+    for seed in (0, 1): assert not {p.prompt for p in training_questions(2000, seed, held_out_questions())} & set(held)
+    few = held_out_questions(5)
+    assert training_questions(50, 0, few) == training_questions(50, 0, few) != training_questions(50, 1, few)
 
 
 def test_the_arms_and_their_settings():
@@ -171,6 +175,18 @@ def test_a_base_model_is_made_by_its_seed(tmp_path):
     a, b, c = (AutoModelForCausalLM.from_pretrained(make_base(seed, str(tmp_path / name), 2)) for seed, name in ((1, "a"), (1, "b"), (2, "c")))
     equal = lambda x, y: all(p.equal(q) for p, q in zip(x.parameters(), y.parameters()))
     assert equal(a, b) and not equal(a, c) and not equal(a, tiny_lm(seed=1))
+
+
+def test_a_base_model_has_a_teacher_and_pages_of_its_own(tmp_path, monkeypatch):
+    seen = []
+
+    def pretrain(model, tokenizer, teacher, steps, seed):
+        seen.append((teacher, steps, seed))
+        return [2.7] * steps
+
+    monkeypatch.setattr(lib, "pretrain", pretrain)
+    make_base(4, str(tmp_path / "base"), 3)
+    assert seen == [(calibrated_teacher(4), 3, 4)]
 
 
 def test_a_new_folder_is_new_or_empty(tmp_path):

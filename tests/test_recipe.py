@@ -113,7 +113,7 @@ def test_an_extreme_lpm_gives_finite_advantages(recipe):
 def test_the_defaults():
     "CAPO: the paper's τ, thresholds and size. GRPO: scaled and unmasked. Both: the clipped loss."
     g = torch.Generator().manual_seed(0)
-    lpm, correct, ppl = -torch.rand(6, 8, generator=g), torch.rand(6, 8, generator=g) < .5, 1 + 2 * torch.rand(6, 8, generator=g)
+    lpm, correct, ppl = -torch.rand(6, 8, generator=g), torch.rand(6, 8, generator=g) < .5, torch.tensor([1.04, 1.06, 2.45, 2.55])[torch.randint(4, (6, 8), generator=g)]
     r = rollouts(lpm, correct, ref_ppl=ppl)
     close(capo().advantage(r, 0), capo_advantage(lpm, correct, .6) * noise_mask(ppl, correct, 1.05, 2.5), 1e-5)
     close(grpo().advantage(r, 0), grpo_advantage(correct.float()), 1e-6)

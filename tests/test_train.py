@@ -88,6 +88,11 @@ def test_one_step_by_hand(recipe, clip):
     assert result.rows[0]["loss"] == pytest.approx(-A.mean().item(), abs=1e-5)
 
 
+def test_an_updates_gradient_is_its_own():
+    once = Recipe("once", lambda r, step: grpo().advantage(r, step) * (step == 1))
+    assert [row["grad_norm"] > 0 for row in run(once).rows] == [True, False, False]
+
+
 @either
 @pytest.mark.parametrize("lora", [0, 4])
 def test_training_raises_the_reward(recipe, lora):
@@ -185,6 +190,10 @@ def test_questions_and_seeds_do_not_depend_on_the_method():
         policy = model()
         recorders.append(Recorder(policy))
         run(recipe, policy=policy, sampler=recorders[-1])
+    policy = model()
+    other = Recorder(policy)
+    run(policy=policy, sampler=other, config=replace(small, seed=1))
+    assert not {seed for *_, seed, _ in other.calls} & {seed for *_, seed, _ in recorders[0].calls}
     asked = [[call[:3] for call in r.calls] for r in recorders]
     assert asked[0] == asked[1] == asked[2] and len({seed for *_, seed in asked[0]}) == 3
     first, last = [r.calls[0][3] for r in recorders], [r.calls[-1][3] for r in recorders]

@@ -2,7 +2,7 @@
 
 By default all of them, in order. A notebook has a process to itself; one that fails is left as it was.
 """
-import os, sys, time
+import os, sys, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -30,6 +30,7 @@ def evaluated(nb):
 def execute(path):
     "Run and save one notebook; True if all its cells pass."
     os.environ["TQDM_DISABLE"] = "1"  # a saved progress bar is a screenful of noise
+    warnings.simplefilter("ignore", FutureWarning)  # of one library to another, with the paths of this machine
     os.chdir(path.parent)
     sys.path.insert(0, str(NBS.parent))
     start, nb = time.time(), NBProcessor(path, rm_directives=False).nb
