@@ -162,6 +162,7 @@ def compare(
     questions: int = 256,                               # held-out questions
     samples: int = 16,                                  # responses to each
     note: Mapping[str, Any] = {},                       # goes into config.json, such as the command
+    begin: Callable[[], None] = lambda: None,           # called when everything has been checked and work starts
 ) -> dict[str, Any]:
     """Trains every arm on every seed and returns the summary that it wrote.
 
@@ -173,6 +174,7 @@ def compare(
         if x is not None and x < 1: raise ValueError(f"{name} must be at least 1; it is {x}")
     for make in makers.values(): make()                    # a recipe that cannot be made says so before anything is written
     folder = new_folder(folder)
+    begin()
     said = lambda x: getattr(x, "__name__", str(x))
     about = {"arms": {k: [said(getattr(v, "func", v)), *map(said, getattr(v, "args", ()))] for k, v in makers.items()}, "seeds": list(seeds), "fresh_base": fresh_base,
              "train": asdict(config), "questions": questions, "samples": samples, "version": _capo.__version__, "commit": commit(), "torch": torch.__version__,

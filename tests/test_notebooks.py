@@ -14,6 +14,12 @@ SECONDS = {
     "05_mask.ipynb": 180,
     "10_task.ipynb": 180,
     "11_rollout.ipynb": 180,
+    "12_evaluate.ipynb": 180,
+    "13_recipe.ipynb": 180,
+    "14_train.ipynb": 300,
+    "16_compare.ipynb": 300,
+    "20_tiny_lm.ipynb": 300,
+    "40_cli.ipynb": 300,
     "index.ipynb": 180,
 }
 
