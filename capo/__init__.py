@@ -2,7 +2,7 @@
 __version__ = "0.1.0"
 
 from .calibration import auc, auc_mean, group_auc, group_index, pair_auc, pooled_auc
-from .surrogate import Surrogate, exponential, hinge, linear, logistic
+from .surrogate import Surrogate, exponential, hinge, linear, logistic, squared_hinge
 from .logprob import mean_logp, perplexity, token_logps
 from .grpo import clip_fraction, clipped_loss, grpo_advantage
 from .advantage import capo_advantage, pairwise_advantage, pairwise_loss

@@ -12,6 +12,7 @@ SECONDS = {
     "03_grpo.ipynb": 180,
     "04_advantage.ipynb": 180,
     "05_mask.ipynb": 180,
+    "06_misalignment.ipynb": 300,
     "10_task.ipynb": 180,
     "11_rollout.ipynb": 180,
     "12_evaluate.ipynb": 180,

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from capo.surrogate import Surrogate, exponential, hinge, linear, logistic
+from capo.surrogate import Surrogate, exponential, hinge, linear, logistic, squared_hinge
 
 margins = st.lists(st.floats(-40, 40, allow_subnormal=False), min_size=1, max_size=20).map(lambda x: torch.tensor(x, dtype=torch.float64))
 taus = st.floats(.05, 50)
-each = pytest.mark.parametrize("phi", [linear, hinge, exponential, logistic(.05), logistic(.6), logistic(30.)], ids=str)
+each = pytest.mark.parametrize("phi", [linear, hinge, squared_hinge, exponential, logistic(.05), logistic(.6), logistic(30.)], ids=str)
 
 
 @each

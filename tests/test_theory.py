@@ -1,0 +1,180 @@
+"The theorems of 01, 03, 04 and 06 as properties over random sizes, in float64."
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, strategies as st
+
+from capo.advantage import capo_advantage, pairwise_advantage
+from capo.grpo import clipped_loss, grpo_advantage
+from capo.logprob import mean_logp
+from capo.surrogate import exponential, hinge, linear, logistic, squared_hinge
+
+LOG = torch.nn.functional.logsigmoid
+each = pytest.mark.parametrize("phi", [linear, hinge, squared_hinge, exponential, logistic(.3), logistic(2.)], ids=str)
+taus, seeds, sizes = st.floats(.05, 20), st.integers(0, 2**31), st.integers(2, 7)
+
+
+def draw(seed): return torch.Generator().manual_seed(seed)
+
+
+def normal(g, *shape): return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def problem(n, seed, certain=False):
+    "Probabilities, chances of being right, and scores of any scale; both classes have weight."
+    g = draw(seed)
+    p, eta = normal(g, n).softmax(0), torch.rand(n, generator=g, dtype=torch.float64)
+    if certain: eta = (eta.argsort().argsort() < torch.randint(1, n, (1,), generator=g)).double()
+    return p, eta, normal(g, n) * 10 ** (4 * torch.rand(1, generator=g, dtype=torch.float64) - 3)
+
+
+def weights(p, eta):
+    w = (p * eta)[:, None] * (p * (1 - eta))[None, :]
+    return w / w.sum()
+
+
+def margin(f): return f[:, None] - f[None, :]
+
+
+def auc_regret(p, eta, f):
+    loss = lambda t: (t < 0).double() + (t == 0) / 2
+    return (weights(p, eta) * (loss(margin(f)) - loss(margin(eta)))).sum()
+
+
+def logistic_regret(p, eta, f, tau):
+    "Above the sum of the entropies of the pairs: the infimum, attained at τ logit η or in the limit."
+    a, b, t = weights(p, eta), weights(p, eta).T, margin(f) / tau
+    s = a / (a + b).clamp(min=1e-300)
+    return ((a + b) * (torch.xlogy(s, s) + torch.xlogy(1 - s, 1 - s) - s * LOG(t) - (1 - s) * LOG(-t))).triu(1).sum()
+
+
+@given(sizes, seeds)
+def test_ranking_by_eta_is_optimal_and_regret_is_a_sum_over_pairs(n, seed):
+    p, eta, f = problem(n, seed)
+    w, agree = weights(p, eta), margin(f) * margin(eta).sign()
+    lost = ((agree < 0).double() + (agree == 0) / 2) * (w - w.T).abs()
+    assert auc_regret(p, eta, f) == pytest.approx(lost.triu(1).sum().item(), abs=1e-12) and auc_regret(p, eta, f) >= -1e-12
+
+
+@each
+@given(n=sizes, seed=seeds)
+def test_every_misranked_pair_feels_a_force(phi, n, seed):
+    p, eta, f = problem(n, seed)
+    f = (f / f.abs().max() * 5).requires_grad_()                       # the exponential in range
+    pi = (p * eta).sum()
+    u = torch.autograd.grad((weights(p, eta) * phi(margin(f))).sum(), f)[0] * pi * (1 - pi) / p
+    c = (eta[:, None] - eta[None, :]) * p[:, None] * phi.d(torch.zeros(1, dtype=torch.float64)).abs()
+    misranked = (margin(eta) > 0) & (margin(f) <= 0)
+    gap = (u[None, :] - u[:, None]) - c
+    assert (gap[misranked] >= -1e-9 * (1 + u.abs().max())).all()
+
+
+@given(sizes, seeds, taus)
+def test_square_root_bound(n, seed, tau):
+    p, eta, f = problem(n, seed)
+    assert auc_regret(p, eta, f) <= (2 * logistic_regret(p, eta, f, tau)).clamp(min=0).sqrt() + 1e-7
+
+
+@given(sizes, seeds, taus)
+def test_linear_bound_with_certain_labels(n, seed, tau):
+    p, eta, f = problem(n, seed, certain=True)
+    assert auc_regret(p, eta, f) <= logistic_regret(p, eta, f, tau) / math.log(2) + 1e-12
+    assert auc_regret(p, eta, f) <= (weights(p, eta) * hinge(margin(f))).sum() + 1e-12
+    S = f.abs().max()
+    assert auc_regret(p, eta, f) <= ((weights(p, eta) * linear(margin(f))).sum() + 2 * S) / (2 * S) + 1e-12
+
+
+@given(st.floats(1e-3, .15))
+def test_linear_bound_fails_with_uncertain_labels(eps):
+    p, eta, f = torch.full((2,), .5).double(), torch.tensor([.5 + eps, .5 - eps]).double(), torch.zeros(2).double()
+    assert auc_regret(p, eta, f) == pytest.approx(eps) and auc_regret(p, eta, f) > logistic_regret(p, eta, f, 1.) / math.log(2)
+
+
+@given(sizes, seeds, taus)
+def test_tau_logit_eta_serves_all_pairs(n, seed, tau):
+    p, eta, f = problem(n, seed)
+    eta = .02 + .96 * eta
+    risk = lambda f: (weights(p, eta) * logistic(tau)(margin(f))).sum()
+    assert (risk(f) - risk(tau * eta.logit())).item() == pytest.approx(logistic_regret(p, eta, f, tau).item(), abs=1e-8)
+    assert logistic_regret(p, eta, tau * eta.logit(), tau).abs() < 1e-9
+
+
+@given(sizes, seeds, st.floats(.1, 5))
+def test_bounded_linear_minimiser_ranks_by_the_sign(n, seed, S):
+    p, eta, f = problem(n, seed)
+    risk = lambda f: (weights(p, eta) * linear(margin(f))).sum()
+    best = S * (eta - (p * eta).sum()).sign()
+    assert risk(best) <= risk(f.clamp(-S, S)) + 1e-9
+    assert risk(3 * f) == pytest.approx(3 * risk(f).item(), abs=1e-9)
+
+
+def tokens(G, T, seed):
+    g = draw(seed)
+    logp = -torch.rand(G, T, generator=g, dtype=torch.float64)
+    mask = torch.arange(T) < torch.randint(1, T + 1, (G, 1), generator=g)
+    right = torch.rand(G, generator=g).argsort() < torch.randint(1, G, (1,), generator=g)
+    return logp.requires_grad_(), mask, right
+
+
+@given(sizes, st.integers(1, 6), seeds)
+def test_grpo_is_the_linear_u_statistic_and_the_token_mean_is_not(G, T, seed):
+    logp, mask, right = tokens(G, T, seed)
+    reward, lengths = right.double(), mask.sum(1).double()
+    A = grpo_advantage(reward[None], scale=False)[0]
+    grad = lambda loss: torch.autograd.grad(loss, logp, retain_graph=True)[0]
+    over_pairs = lambda score: linear(score[right][:, None] - score[~right][None]).sum()
+    lpm = mean_logp(logp, mask)
+    by_pairs = grad(over_pairs(lpm) / G**2)
+    torch.testing.assert_close(grad(clipped_loss(logp, logp.detach(), A, mask)), by_pairs, rtol=1e-10, atol=1e-12)
+    gspo = -(((lpm - lpm.detach()).exp()) * A).mean()
+    torch.testing.assert_close(grad(gspo), by_pairs, rtol=1e-10, atol=1e-12)
+    dapo, total = grad(-(logp * A[:, None] * mask).sum() / mask.sum()), (logp * mask).sum(1)
+    torch.testing.assert_close(dapo, grad(over_pairs(total)) / (G * lengths.sum()), rtol=1e-10, atol=1e-12)
+    assume(lengths.min() < lengths.max())
+    assert torch.cosine_similarity(dapo.flatten(), by_pairs.flatten(), dim=0) < 1 - 1e-6
+
+
+@given(sizes, seeds, taus)
+def test_both_limits_of_tau_with_their_errors(G, seed, tau):
+    g = draw(seed)
+    f = normal(g, 1, G) * 2
+    R = (torch.rand(1, G, generator=g) < .5).double()
+    t, opposite = (f[:, :, None] - f[:, None, :])[0], R[0][:, None] != R[0][None]
+    A = capo_advantage(f, R, tau)[0]
+    assert ((2 * tau * A / G - (R - R.mean(1, keepdim=True))[0]).abs() <= (t.abs() * opposite).sum(1) / (2 * tau * G) + 1e-10).all()
+    lost = ((t < 0).double() + (t == 0) / 2) * (R[0][:, None] > R[0][None])
+    assert ((tau * A - (lost.sum(1) - lost.sum(0))).abs() <= ((-t.abs() / tau).exp() * opposite).sum(1) + 1e-10).all()
+
+
+def exact_auc(P, f, R):
+    w = (P * R)[:, None] * (P * (1 - R))[None, :]
+    t = margin(f)
+    return (w * ((t > 1e-12).double() + (t.abs() <= 1e-12) / 2)).sum() / w.sum()
+
+
+@given(sizes, seeds, st.integers(1, 6), st.floats(1e-3, 3), st.sampled_from(["grpo", "capo"]), st.floats(1, 5))
+def test_tables_of_equal_length_never_lose_auc(n, seed, length, size, method, wide):
+    "The proposition of 06: GRPO at any rate, CAPO where τ is at least one over the length."
+    g = draw(seed)
+    z, R = 1.5 * normal(g, n), (torch.rand(n, generator=g).argsort() < torch.randint(1, n, (1,), generator=g)).double()
+    P, f = z.softmax(0), z.log_softmax(0) / length
+    A = R - (P * R).sum()
+    if method == "capo":
+        force = torch.sigmoid(-margin(f) * length / wide) * R[:, None] * (1 - R)[None, :]
+        A = 2 * ((force * P[None, :]).sum(1) - (force * P[:, None]).sum(0))
+    new = z + size * P * A / length
+    assert (margin(new) - margin(z))[R == 1][:, R == 0].min() >= -1e-12
+    assert exact_auc(new.softmax(0), new.log_softmax(0) / length, R) >= exact_auc(P, f, R) - 1e-12
+
+
+@each
+@given(G=sizes, seed=seeds)
+def test_directions_are_mixtures_of_pairs(phi, G, seed):
+    "Hence no advantage of a surrogate is further from GRPO's than a single pair is."
+    g = draw(seed)
+    f, R = normal(g, 1, G), (torch.rand(1, G, generator=g).argsort() < torch.randint(1, G, (1,), generator=g)).double()
+    ours, theirs = pairwise_advantage(f, R, phi)[0], grpo_advantage(R, scale=False)[0]
+    assume(ours.abs().max() > 1e-9)
+    n = R.sum()
+    assert torch.cosine_similarity(ours, theirs, dim=0) >= (G / (2 * n * (G - n))).sqrt() - 1e-9
