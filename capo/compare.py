@@ -8,7 +8,7 @@ __all__ = ['TAU', 'REF_LOW', 'REF_HIGH', 'STATISTICS', 'ROWS', 'COLOURS', 'arms'
            'over_seeds', 'mixed_in_all', 'summarise', 'at_accuracy', 'equal_accuracy', 'table', 'draw']
 
 # %% ../nbs/16_compare.ipynb #ffd885ae
-import gzip, json, math, multiprocessing, os, platform, subprocess
+import gzip, json, math, multiprocessing, os, platform, shutil, subprocess
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +35,7 @@ def arms(
     ref_low: float = REF_LOW,    # noise mask: a wrong response below is dropped
     ref_high: float = REF_HIGH,  # noise mask: a right response above is dropped
 ) -> dict[str, Callable[[], Recipe]]:
-    "The four arms of the comparison, by name. CAPO's advantages have GRPO's size, so that one learning rate serves all."
+    "The four arms of the comparison, by name. CAPO's advantages have GRPO's size; all arms share one learning rate."
     return {"grpo": grpo, "capo": partial(capo, tau, ref_low, ref_high, grpo_size),
             "grpo-mask": partial(grpo, True, ref_low, ref_high), "capo-nomask": partial(capo, tau, 1, math.inf, grpo_size)}
 
@@ -137,7 +137,7 @@ def make_base(seed: int, folder: str, steps: int = 2400) -> str:
 def commit() -> str | None:
     "The commit of the checkout that this code runs from, marked if files differ from it; None for an installed package."
     root = Path(_capo.__file__).parents[1]
-    if not (root / "settings.ini").exists(): return None
+    if not (root / "settings.ini").exists() or not shutil.which("git"): return None
     found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"], capture_output=True, text=True)
     return found.stdout.strip() or None
 

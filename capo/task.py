@@ -174,7 +174,7 @@ def pretrain(
         yield loss.item()
     model.eval()
 
-# %% ../nbs/10_task.ipynb #57b572bc
+# %% ../nbs/10_task.ipynb #291ecf5c
 def base_model() -> tuple[Any, Any]:
     "The base model of the calibrated arithmetic world that ships with the package, in eval mode, and its tokenizer."
     from transformers import AutoModelForCausalLM

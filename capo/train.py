@@ -68,7 +68,7 @@ def with_lora(
 def reference_logps(
     model: Any, # the policy, before training
 ) -> Callable[[Rollouts], Float[Tensor, "B G T"]]:
-    "A function that scores rollouts under the model as it is now: its adapter switched off, or else a frozen copy."
+    "Scores rollouts under the model as it is now, frozen; with an adapter, under the model without it (merge an adapter that belongs to the reference)."
     if hasattr(model, "disable_adapter"):
         def score(rollouts: Rollouts) -> Tensor:
             with torch.no_grad(), model.disable_adapter(): return rollout_logps(model, rollouts)

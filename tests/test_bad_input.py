@@ -166,13 +166,19 @@ def test_an_extra_column_is_refused(tmp_path):
     assert (tmp_path / "log.csv").read_text().split() == ["step", "1"]
 
 
+@pytest.fixture
+def no_work(monkeypatch):
+    def refuse(*args): raise AssertionError("work started")
+    monkeypatch.setattr(lib.compare, "ProcessPoolExecutor", refuse)
+
+
 @pytest.mark.parametrize("options", [dict(makers={}), dict(seeds=()), dict(seeds=(1, 2, 1))], ids=["no arm", "no seed", "a seed twice"])
-def test_a_comparison_of_nothing_writes_nothing(options, tmp_path):
+def test_a_comparison_of_nothing_writes_nothing(options, tmp_path, no_work):
     refuses(lambda: lib.compare.compare(tmp_path / "new", **dict(makers=lib.compare.arms()) | options), "at least one arm and distinct seeds are needed")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_comparison_does_not_go_into_the_folder_of_another(tmp_path):
+def test_a_comparison_does_not_go_into_the_folder_of_another(tmp_path, no_work):
     (tmp_path / "summary.json").write_text("results")
     refuses(lambda: lib.compare.compare(tmp_path, lib.compare.arms()), "holds another run; name a new folder", FileExistsError)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["results"]

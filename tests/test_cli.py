@@ -12,6 +12,7 @@ from capo import cli
 from capo.cli import main
 from capo.compare import REF_HIGH, REF_LOW, TAU, compare
 from capo.recipe import capo, grpo, grpo_size
+from capo.task import pretrain
 from capo.train import NonFiniteLoss
 from test_compare import FAKES, InProcess, summarise
 from test_recipe import rollouts
@@ -19,7 +20,10 @@ from test_recipe import rollouts
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    "Every test starts in an empty folder."
+    "Every test starts in an empty folder, and fails where work would start unasked."
+    def refuse(*args): raise AssertionError("work started")
+    monkeypatch.setattr("capo.compare.ProcessPoolExecutor", refuse)
+    monkeypatch.setattr("capo.compare.pretrain", refuse)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -136,7 +140,8 @@ def test_a_demo_from_end_to_end(monkeypatch, capsys):
     assert f"{final['capo']['accuracy']['mean']:.3f}" in said and "runs/new/comparison.png" in said
 
 
-def test_base_saves_a_model_that_loads(capsys):
+def test_base_saves_a_model_that_loads(monkeypatch, capsys):
+    monkeypatch.setattr("capo.compare.pretrain", pretrain)
     from transformers import AutoModelForCausalLM
     assert main(["base", "--steps", "2", "--seed", "3", "--out", "deep/new"]) == 0
     assert AutoModelForCausalLM.from_pretrained("deep/new").config.vocab_size == 16 and "deep/new" in capsys.readouterr().out

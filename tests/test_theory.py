@@ -87,7 +87,7 @@ def test_linear_bound_with_certain_labels(n, seed, tau):
 
 @given(st.floats(1e-3, .15))
 def test_linear_bound_fails_with_uncertain_labels(eps):
-    p, eta, f = torch.full((2,), .5).double(), torch.tensor([.5 + eps, .5 - eps], dtype=torch.float64), torch.zeros(2).double()
+    p, eta, f = torch.tensor([[.5, .5], [.5 + eps, .5 - eps], [0, 0]], dtype=torch.float64)
     assert auc_regret(p, eta, f) == pytest.approx(eps) and auc_regret(p, eta, f) > logistic_regret(p, eta, f, 1.) / math.log(2)
 
 
