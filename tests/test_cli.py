@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from capo import cli
-from capo.cli import main
+from capo.cli import FULL_LR, LORA_LR, main
 from capo.compare import REF_HIGH, REF_LOW, TAU, compare
 from capo.recipe import capo, grpo, grpo_size
 from capo.task import pretrain
@@ -60,7 +60,7 @@ def test_an_output_folder_with_another_run_is_left_alone(command, as_file, capsy
     if not as_file: Path("old/log.csv").write_text("results")
     before = files()
     assert main([command, "--out", "old"]) == 2
-    assert capsys.readouterr().err == "capo: old holds another run; name a new folder\n"
+    assert capsys.readouterr() == ("", "capo: old holds another run; name a new folder\n")   # nothing is announced
     assert files() == before and Path("old" if as_file else "old/log.csv").read_text() == "results"
 
 
@@ -89,7 +89,8 @@ def passed_on(monkeypatch, options):
     "What `capo demo` gives to `compare`."
     seen = []
 
-    def recorded(out, makers, seeds, config, fresh_base, workers, note):
+    def recorded(out, makers, seeds, config, fresh_base, workers, note, begin):
+        begin()
         seen.append((out, makers, list(seeds), config, fresh_base, workers, note))
         return summarise(FAKES, 20)
 
@@ -107,7 +108,7 @@ def advantages(make):
 def test_the_defaults_of_the_demo(monkeypatch, capsys):
     out, makers, seeds, config, fresh_base, workers, note = passed_on(monkeypatch, "")
     assert out.startswith("runs/demo-") and seeds == [0] and not fresh_base and workers is None and note == {"command": "capo demo"}
-    assert (config.steps, config.lr, config.lora_rank, config.updates, config.eval_every) == (200, 5e-4, 0, 2, 50)
+    assert (config.steps, config.lr, config.lora_rank, config.updates, config.eval_every) == (200, FULL_LR, 0, 2, 50)
     assert list(makers) == ["grpo", "capo"] and advantages(makers["grpo"]).equal(advantages(grpo))
     assert advantages(makers["capo"]).equal(advantages(partial(capo, TAU, REF_LOW, REF_HIGH, grpo_size)))
     said = capsys.readouterr().out
@@ -118,13 +119,13 @@ def test_every_option_arrives(monkeypatch):
     options = "--method capo-nomask grpo-mask --steps 7 --seeds 4 2 --tau .3 --ref-low 1.5 --ref-high 2 --lora-rank 3 --updates 1 --eval-every 5 --fresh-base --workers 1 --out 'a b'"
     out, makers, seeds, config, fresh_base, workers, note = passed_on(monkeypatch, options)
     assert out == "a b" and seeds == [4, 2] and fresh_base and workers == 1 and shlex.split(note["command"]) == ["capo", "demo", *shlex.split(options)]
-    assert (config.steps, config.lr, config.lora_rank, config.updates, config.eval_every) == (7, 5e-3, 3, 1, 5)
+    assert (config.steps, config.lr, config.lora_rank, config.updates, config.eval_every) == (7, LORA_LR, 3, 1, 5)
     assert sorted(makers) == ["capo-nomask", "grpo-mask"]
     assert advantages(makers["capo-nomask"]).equal(advantages(partial(capo, .3, 1, math.inf, grpo_size)))
     assert advantages(makers["grpo-mask"]).equal(advantages(partial(grpo, True, 1.5, 2.)))
 
 
-@pytest.mark.parametrize("options, lr", [("--lr .02", .02), ("--lr .02 --lora-rank 4", .02), ("--lora-rank 4", 5e-3)])
+@pytest.mark.parametrize("options, lr", [("--lr .02", .02), ("--lr .02 --lora-rank 4", .02), ("--lora-rank 4", LORA_LR)])
 def test_the_learning_rate(monkeypatch, options, lr): assert passed_on(monkeypatch, options)[3].lr == lr
 
 
