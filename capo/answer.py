@@ -47,12 +47,12 @@ def extract_answer(
     r"The answer in a response: the last `\boxed{…}`, else the last number, else None."
     return boxed(text) or (last_number(text) if fallback else None)
 
-# %% ../nbs/07_answer.ipynb #ee41deca
+# %% ../nbs/07_answer.ipynb #b6318e2c
 LONGEST = 1000                                             # characters; a longer answer equals only itself
 WORDS = r"dollars?|cents?|units?|degrees?|hours?|minutes?|seconds?|days?|years?|inch(?:es)?|feet|miles?|met(?:er|re)s?|cm|mm|km|kg"
 HANDWRITING = [(re.compile(a), b) for a, b in (
-    (r"−", "-"), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[()$]|\$", ""),
-    (r"(?<=\d)(?:\{,\}|,\\!|\\[!, ])(?=\d{3})", ","), (r"\\[!,;: ]|~", " "),              # spaces, and those that part thousands
+    (r"−", "-"), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![a-zA-Z])|[()$])|\$", ""),
+    (r"(?<=\d)(?:\{,\}|,\\!|\\[!, ])(?=\d{3})", ","), (r"(?<!\\)\\[!,;: ]|~", " "),              # spaces, and those that part thousands
     (r"\s+", " "), (r"^ | ?\.? ?$", ""), (r"^\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\{([^{}]*)\}$", r"\1"),
     (r"\\%|(?<=\d) ?percent$", "%"), (r"(?<=.)\^(?:\{ ?\\circ ?\}|\\circ)$", ""),
     (r"(?<=[^ ]) ?\\(?:text|mbox|mathrm(?=\{ ?\w\w))\{[^{}]*\}(?:\^\{?\d\}?)?$", ""), (rf"(?<=\d) ?(?:{WORDS})$", ""),
@@ -82,7 +82,7 @@ def canonical(
     top, bottom = (Fraction(x.replace(",", "")) for x in (a or c or d, b or e or f or "1"))
     return (-1 if sign == "-" else 1) * top / bottom / (100 if percent else 1) if bottom else answer
 
-# %% ../nbs/07_answer.ipynb #0478ac0a
+# %% ../nbs/07_answer.ipynb #f2733426
 def serve() -> None:
     "The helper's whole program: reads `[a, b, seconds]`, one JSON line each; writes one byte: 1 the same, 0 different, ? unreadable."
     import json, os, re, resource, signal, sys
@@ -101,7 +101,9 @@ def serve() -> None:
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"))]
 
     @lru_cache(1000)
-    def read(answer): return parse(f"${answer}$", latex, fallback_mode="no_fallback", parsing_timeout=None)[0]
+    def read(answer):
+        if re.search(r"\^ ?(\w|\{[^{}]*\}) ?\^", answer): raise ValueError  # 2^3^2 is an error in TeX; the parser would make it (2^3)^2
+        return parse(f"${answer}$", latex, fallback_mode="no_fallback", parsing_timeout=None)[0]
 
     def same(a, b):                                        # verify takes a reference and an answer, and we do not know which is which
         x, y = read(a), read(b)
@@ -132,7 +134,7 @@ def serve() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(reply, found)
 
-# %% ../nbs/07_answer.ipynb #9bfd1084
+# %% ../nbs/07_answer.ipynb #78981521
 class Helper:
     "math-verify in a process of its own, started when first asked, replaced when it dies. Unix only."
     def __init__(self) -> None: self.forget()
@@ -173,7 +175,7 @@ class Helper:
             return None
 
 HELPER = Helper()
-os.register_at_fork(after_in_child=HELPER.forget)
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=HELPER.forget)
 
 @lru_cache(1 << 16)
 def asked(a: str, b: str, seconds: float) -> bool | None:
