@@ -7,11 +7,12 @@ __all__ = ['UNSIGNED', 'IN_TEXT', 'LONGEST', 'WORDS', 'HANDWRITING', 'SIGNED', '
            'extract_answer', 'tidy', 'canonical', 'serve', 'Helper', 'asked', 'same_answer', 'math_verify',
            'group_answers']
 
-# %% ../nbs/07_answer.ipynb #876ad913
+# %% ../nbs/07_answer.ipynb #aea932c6
 import inspect, json, os, re, signal, subprocess, sys, threading, unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 # %% ../nbs/07_answer.ipynb #789a7fb4
 def boxed(
@@ -134,21 +135,22 @@ def serve() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(reply, found)
 
-# %% ../nbs/07_answer.ipynb #78981521
+# %% ../nbs/07_answer.ipynb #3d526f95
 class Helper:
     "math-verify in a process of its own, started when first asked, replaced when it dies. Unix only."
+    process: Any = None
     def __init__(self) -> None: self.forget()
 
     def forget(self) -> None:
         "Start anew, leaving a process that belongs to a parent alone."
-        p = getattr(self, "process", None)
+        p = self.process
         if p: p.stdin.close(); p.stdout.close(); p.returncode = 0
         self.lock, self.process = threading.Lock(), None
 
-    def start(self) -> subprocess.Popen:
+    def start(self) -> Any:
         program = f"{inspect.getsource(serve)}\nserve()"
         p = subprocess.Popen([sys.executable, "-P", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
-        if p.stdout.read(1) != b"!":                       # type: ignore[union-attr]
+        if p.stdout.read(1) != b"!":                     
             p.wait()
             raise RuntimeError("math-verify does not start; `pip install math-verify` installs it, and `python -c 'import math_verify'` says what is wrong")
         return p
@@ -165,8 +167,8 @@ class Helper:
             for _ in range(2):
                 p = self.process = self.process or self.start()
                 try:
-                    p.stdin.write(json.dumps([a, b, seconds]).encode() + b"\n")  # type: ignore[union-attr]
-                    reply = p.stdout.read(1)               # type: ignore[union-attr]
+                    p.stdin.write(json.dumps([a, b, seconds]).encode() + b"\n")
+                    reply = p.stdout.read(1)             
                     if not reply: p.wait()
                 except BrokenPipeError: p.wait(); reply = b""
                 except BaseException: self.stop(); raise
