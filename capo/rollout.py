@@ -183,6 +183,7 @@ class HFSampler:
     top_k: int = 0             # likeliest tokens that `token_confidence` is the mean over; 0: leave it out
     stop: Sequence[str] = ()   # strings that end a response, besides EOS
     tokens: int = 2**16        # to hold in the key–value cache at a time, of prompts and responses
+    first: int = 0             # number of the first question, on which its draws depend
 
     def __post_init__(self): _check_options(self.max_new_tokens, self.temperature, self.top_k, self.stop)
 
@@ -194,7 +195,7 @@ class HFSampler:
         try:
             for b, g in plan(lengths, n, self.max_new_tokens, self.tokens):
                 ids, mask = (x[b, -lengths[b[0]]:] for x in (batch.input_ids, batch.attention_mask))
-                u = uniforms(seed, b, g, self.max_new_tokens).to(ids.device)
+                u = uniforms(seed, b + self.first, g, self.max_new_tokens).to(ids.device)
                 for k, v in sample(self.model, ids, mask, u, ended, self.temperature, self.top_k).items():
                     whole.setdefault(k, v.new_zeros(len(prompts), n, *v.shape[2:]))[b[:, None], g] = v
         finally: self.model.train(was_training)

@@ -34,7 +34,7 @@ from .calibration import auc_mean
 from .evaluate import evaluate
 from .grpo import clip_fraction, kl_penalty, policy_ratio
 from .recipe import Recipe, capo, grpo, grpo_size, paper_size
-from .rollout import HFSampler, Rollouts, Sampler, rollout, rollout_logps
+from .rollout import HFSampler, Rollouts, Sampler, corrected, mismatch, rollout, rollout_logps
 from .task import Problem
 
 # %% ../nbs/14_train.ipynb #5c1d90aa
@@ -151,7 +151,7 @@ def prepare(
 ) -> Any:
     "The policy: the model in the configured precision, with its adapter, without dropout, so that the policy that is scored is the one that sampled."
     if wanted := DTYPES[config.dtype]: model.to(wanted)
-    policy = with_lora(model, config.lora_rank, config.lora_alpha or None, config.seed, config.lora_targets) if config.lora_rank else model
+    policy: Any = with_lora(model, config.lora_rank, config.lora_alpha or None, config.seed, config.lora_targets) if config.lora_rank else model
     if config.recompute: policy.gradient_checkpointing_enable({"use_reentrant": False})
     return policy.eval()
 
@@ -339,15 +339,16 @@ def collect(
     "The graded rollouts of a step, the same in every process, and what the log should know of how they came about."
     mine, extra = share(len(problems)), {}
     if hasattr(sampler, "sync"): sampler.sync(policy)
+    if hasattr(sampler, "first"): sampler.first = mine.start                       # so that a question's draws do not depend on the number of processes
     try: r = rollout(sampler, problems[mine], config.group_size, verify, seed=config.seed * 1_000_003 + step)
     except ValueError as e:
         if "NaN" not in str(e): raise
         raise NonFiniteLoss(f"sampling of step {step} failed: {e}") from e
     if getattr(sampler, "external", False):
-        own = score(policy, r, config.token_budget, r.temperature)
-        from capo.rollout import corrected, mismatch # type: ignore[attr-defined]
+        own = score(policy, r, config.token_budget)
         extra = mismatch(r, own)
-        if config.importance_cap: r = corrected(r, own, config.importance_cap)
+        tempered = None if r.tempered_logp is None else score(policy, r, config.token_budget, r.temperature)
+        if config.importance_cap: r = corrected(r, own, config.importance_cap, tempered)
     if reference: r = replace(r, ref_logp=reference(r))
     found = exchange((_to(r, "cpu"), verify.take(), extra) if processes()[1] > 1 else (r, verify.take(), extra))
     whole = _to(together([r for r, *_ in found]), r.mask.device)
@@ -398,8 +399,7 @@ def accumulate(
 
 def weights_of(r: Rollouts) -> list[Tensor]:
     "The importance weights of the tokens as an argument of the loss, if there are any."
-    weight = getattr(r, "weight", None)
-    return [] if weight is None else [weight.flatten(0, 1)]
+    return [] if r.weight is None else [r.weight.flatten(0, 1)]
 
 # %% ../nbs/14_train.ipynb #be0d9c8f
 def learning_rate(
