@@ -10,7 +10,7 @@ __all__ = ['SCHEDULES', 'DTYPES', 'Settings', 'notice', 'LOGS', 'HARMLESS', 'MET
            'NonFiniteLoss', 'check_update', 'CSVLog', 'sync', 'write_whole', 'TensorBoardLog', 'wandb_log',
            'trackio_log', 'Logs', 'CheckpointFailed', 'sha256', 'damage', 'Checkpoints', 'random_state',
            'set_random_state', 'record', 'changes', 'save_run', 'load_run', 'stopping', 'TrainResult', 'begin', 'train',
-           'check_launch', 'RunConfig', 'find', 'load', 'Validation', 'machine', 'claim', 'run', 'show',
+           'check_launch', 'RunConfig', 'find', 'prompted', 'load', 'Validation', 'machine', 'claim', 'run', 'show',
            'saved_settings', 'loading']
 
 # %% ../nbs/14_train.ipynb #a54667d1
@@ -34,7 +34,7 @@ from .calibration import auc_mean
 from .evaluate import evaluate
 from .grpo import clip_fraction, kl_penalty, policy_ratio
 from .recipe import Recipe, capo, grpo, grpo_size, paper_size
-from .rollout import HFSampler, Rollouts, Sampler, corrected, mismatch, rollout, rollout_logps
+from .rollout import HFSampler, Rollouts, Sampler, VLLMSampler, corrected, mismatch, rollout, rollout_logps
 from .task import Problem
 
 # %% ../nbs/14_train.ipynb #5c1d90aa
@@ -247,15 +247,17 @@ def within(
     f: Callable[..., Any],   # what to call
     *args: Any,              # with what
 ) -> Any:
-    "`f(*args)`, or `TimeUp` after that many seconds; main thread only."
+    "`f(*args)`, or `TimeUp` after that many seconds; main thread only. An alarm that was set before goes on after."
     if not seconds: return f(*args)
     def up(number: int, frame: Any) -> None: raise TimeUp(f"took longer than {seconds:g} s")
-    before = signal.signal(signal.SIGALRM, up)
+    handler, start = signal.signal(signal.SIGALRM, up), time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
         try: return f(*args)
         finally: signal.setitimer(signal.ITIMER_REAL, 0)
-    finally: signal.signal(signal.SIGALRM, before if before is not None else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGALRM, handler if handler is not None else signal.SIG_DFL)
+        if left: signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - start)), interval)
 
 # %% ../nbs/14_train.ipynb #0d7be8f1
 class Guarded:
@@ -885,16 +887,22 @@ class RunConfig(TrainConfig):
 
 # %% ../nbs/14_train.ipynb #14203114
 def find(
-    source: str,        # a file, a data set's name, or arithmetic
-    config: RunConfig,  # chat template, seed
-    tokenizer: Any,     # for its chat template
-    held_out: bool,     # the problems of an evaluation
+    config: RunConfig,  # data, validation, seed
+) -> tuple[list[Problem], list[Problem]]:
+    "The problems to train on and those to evaluate on, as they are asked."
+    test = task.arithmetic(256, seed=10, distinct=True)
+    if config.data == "arithmetic": training = task.arithmetic(config.steps * config.questions, seed=1000 + config.seed, exclude={p.prompt for p in test})
+    else: training = task.load_problems(config.data, seed=config.seed)
+    if config.validation not in ("", "arithmetic"): test = task.load_problems(config.validation, seed=config.seed + 1_000_000)
+    return training, test[:config.validation_size] if config.validation else []
+
+def prompted(
+    problems: list[Problem], # as they are asked
+    config: RunConfig,       # chat template, system prompt, instruction
+    tokenizer: Any,          # for its chat template
 ) -> list[Problem]:
-    "The problems of a run, as the model will read them."
-    if source == "arithmetic":
-        test = task.arithmetic(256, seed=10, distinct=True)
-        return test if held_out else task.arithmetic(config.steps * config.questions, seed=1000 + config.seed, exclude={p.prompt for p in test})
-    problems = task.load_problems(source, seed=config.seed + 1_000_000 * held_out)
+    "The problems as the model reads them; a chain of sums is read as it is."
+    if config.data == "arithmetic": return problems
     return task.with_template(problems, tokenizer if config.chat else None, config.system or None, config.instruction or None)
 
 def load(
@@ -913,11 +921,14 @@ def load(
 # %% ../nbs/14_train.ipynb #25314225
 class Validation:
     "Answers held-out problems, logs the numbers of `capo.evaluate`, and returns them; the draws are the same every time."
-    def __init__(self, problems: Sequence[Problem], samples: int, sampler: Callable[[Any], Sampler], verify: Callable[[str, str], bool], log: Callable[[dict], Any]):
+    def __init__(self, problems: Sequence[Problem], samples: int, sampler: Any, verify: Callable[[str, str], bool], log: Callable[[dict], Any]):
         self.problems, self.samples, self.sampler, self.verify, self.log = problems, samples, sampler, verify, log
 
     def __call__(self, policy: nn.Module, step: int) -> dict[str, float]:
-        numbers = evaluate(rollout(self.sampler(policy), self.problems, self.samples, self.verify, seed=10_000))
+        sampler = self.sampler if hasattr(self.sampler, "sync") else self.sampler(policy) # an engine that takes the policy, or a function from it
+        if sampler is self.sampler: sampler.sync(policy)
+        sampler.first = 0
+        numbers = evaluate(rollout(sampler, self.problems, self.samples, self.verify, seed=10_000))
         self.log({"step": step} | numbers)
         return numbers
 
@@ -958,10 +969,11 @@ def run(
     from tqdm.auto import tqdm
     join()
     out, first = Path(out), processes()[0] == 0
+    asked = find(config)
     model, tokenizer = load(config)
-    problems = find(config.data, config, tokenizer, False)
+    problems, held_out = (prompted(x, config, tokenizer) for x in asked)
     verify = task.verify if config.data == "arithmetic" else math_verify
-    sampler = lambda policy: HFSampler(policy, tokenizer, config.max_new_tokens, config.temperature)
+    sampler = VLLMSampler(config.model, tokenizer, config.max_new_tokens, config.temperature, lora_rank=config.lora_rank) if config.vllm else None
     log = evaluation = None
     if first: claim(out, config, resume)
     with tqdm(total=config.steps, desc=config.method, disable=not first) as bar:
@@ -969,8 +981,8 @@ def run(
             more = LOGS[config.log](out) if config.log else lambda row: None
             log = Logs(CSVLog(out / "log.csv", resume), more, partial(show, bar), more=machine)
             evals = Logs(CSVLog(out / "evals.csv", resume), lambda row: more({k if k == "step" else f"validation/{k}": x for k, x in row.items()}))
-            if config.validation: evaluation = Validation(find(config.validation, config, tokenizer, True)[:config.validation_size], config.validation_samples, sampler, verify, evals)
-        try: return train(model, tokenizer, problems, config.recipe(), None, verify, evaluation, log, config, out, resume, accept_changes)
+            if held_out: evaluation = Validation(held_out, config.validation_samples, sampler or partial(HFSampler, tokenizer=tokenizer, max_new_tokens=config.max_new_tokens), verify, evals)
+        try: return train(model, tokenizer, problems, config.recipe(), sampler, verify, evaluation, log, config, out, resume, accept_changes)
         except (Broken, OSError) as e:
             if not isinstance(e, Broken) and not e.errno: raise
             last, kind = Checkpoints(out).all(), type(e) if isinstance(e, Broken) else Broken
