@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import capo.train as training
 from capo.recipe import capo, grpo
@@ -25,6 +27,9 @@ from capo.rollout import HFSampler
 from capo.train import (Broken, Checkpoints, CheckpointFailed, CSVLog, NonFiniteLoss, RunConfig, TrainConfig, Validation, damage, read_settings, run,
                         saved_settings, settings, train)
 from test_train import has_a_seven, model, problems, tokenizer
+
+tqdm.set_lock(threading.RLock())                                                    # its own is shared with children, and dies with one that holds it
+tqdm.monitor_interval = 0
 
 TINY = TrainConfig(steps=6, questions=4, group_size=4, lr=1e-2, save_every=2, eval_every=2, keep=2)
 SHORT = dict(model="tiny", data="arithmetic", steps=4, questions=4, group_size=4, save_every=1, eval_every=2, method="grpo", verify_seconds=0.)
