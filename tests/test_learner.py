@@ -73,7 +73,7 @@ def test_recomputation_runs_each_layer_twice_and_leaves_dropout_off():
     for recompute in (False, True):
         config, seen = TrainConfig(recompute=recompute), []
         policy = prepare(model(), config)
-        policy.model.layers[0].mlp.register_forward_hook(lambda module, *_: seen.append(module.training))
+        policy.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
         accumulate(policy, Learner(policy, config), grpo(), rollouts(), grpo().advantage(rollouts(), 1), config)
         counts.append(len(seen))
         assert not any(seen) and not any(m.training for m in policy.modules())
