@@ -83,16 +83,19 @@ def canonical(
     top, bottom = (Fraction(x.replace(",", "")) for x in (a or c or d, b or e or f or "1"))
     return (-1 if sign == "-" else 1) * top / bottom / (100 if percent else 1) if bottom else answer
 
-# %% ../nbs/07_answer.ipynb #f2733426
+# %% ../nbs/07_answer.ipynb #a1a25941
 def serve() -> None:
     "The helper's whole program: reads `[a, b, seconds]`, one JSON line each; writes one byte: 1 the same, 0 different, ? unreadable."
     import json, os, re, resource, signal, sys
     from functools import lru_cache
     reply = os.dup(1); os.dup2(2, 1)                       # whatever a library prints must not look like a reply
     signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is for the parent, whose end we notice
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)          # the kernel ends us; Python is not asked
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    signal.alarm(300)                                      # for the imports
+    for alarm in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(alarm, signal.SIG_DFL)               # the kernel ends us; Python is not asked
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [alarm])
+    def limit(seconds):                                    # of computing, and ten times that by the clock; 0 calls the alarms off
+        signal.setitimer(signal.ITIMER_PROF, seconds); signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
+    limit(60)                                              # for the imports
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     import sympy.physics.units                             # simplification imports it late, and it evaluates text of its own
@@ -124,18 +127,16 @@ def serve() -> None:
     sympy_parser.parse_expr = number
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     sys.addaudithook(refuse)
-    signal.alarm(0); os.write(reply, b"!")
+    limit(0); os.write(reply, b"!")
     for line in sys.stdin:
         a, b, seconds = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        refused.clear()
+        limit(seconds); refused.clear()
         try: found = b"1" if same(a, b) else b"0"
         except Exception: found = b"?"
         if refused: found = b"?"                           # an exception that somebody caught is no verdict
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        os.write(reply, found)
+        limit(0); os.write(reply, found)
 
-# %% ../nbs/07_answer.ipynb #7490c4b9
+# %% ../nbs/07_answer.ipynb #238846e0
 class Helper:
     "math-verify in a process of its own, started when first asked, replaced when it dies. Unix only."
     process: Any = None
@@ -173,7 +174,7 @@ class Helper:
                 except BrokenPipeError: p.wait(); reply = b""
                 except BaseException: self.stop(); raise
                 if reply: return {b"1": True, b"0": False}.get(reply)
-                if self.stop() == -signal.SIGALRM: return None
+                if self.stop() in (-signal.SIGPROF, -signal.SIGALRM): return None
             return None
 
 HELPER = Helper()
@@ -184,11 +185,11 @@ def asked(a: str, b: str, seconds: float) -> bool | None:
     "`HELPER.ask`, remembered, since models repeat themselves; what took too long once is not tried again."
     return HELPER.ask(a, b, seconds)
 
-# %% ../nbs/07_answer.ipynb #468e36c6
+# %% ../nbs/07_answer.ipynb #bf3ae677
 def same_answer(
     a: str,               # one extracted answer
     b: str,               # the other; the order does not matter
-    seconds: float = 3.0, # for the comparison, in any thread
+    seconds: float = 3.0, # of computing, in any thread; ten times as much by the clock
 ) -> bool | None:
     "Whether two answers are mathematically equal; None if that cannot be told: blank, unreadable, too long, or not decided in time."
     if seconds <= 0: raise ValueError(f"seconds must be positive; it is {seconds}")

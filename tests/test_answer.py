@@ -100,15 +100,16 @@ def test_extraction_takes_linear_time():
 
 @limited
 def test_the_limit_holds_in_a_thread_and_however_alarms_are_set():
-    out, blocked = [], Helper()
+    out, blocked, alarms = [], Helper(), (signal.SIGALRM, signal.SIGPROF)
     def ask():
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])          # of this thread, and so of the process it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, alarms)                    # of this thread, and so of the process it starts
         out.extend([same_answer("8^{9^{9^{9}}}", "5", .5), blocked.ask("7^{9^{9^{9}}}", "5", .5), blocked.ask(r"\sqrt{9}", "3", 9.)])
-    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    before = [signal.signal(s, signal.SIG_IGN) for s in alarms]
     try:
         thread = threading.Thread(target=ask)
         thread.start(); thread.join()
-    finally: signal.signal(signal.SIGALRM, before)
+    finally:
+        for s, handler in zip(alarms, before): signal.signal(s, handler)
     blocked.stop()
     assert out == [None, None, True]
 
