@@ -21,7 +21,7 @@ TABLE = [
     ["(1, 2, 3)", r"\left(1,2,3\right)", r"(\frac{2}{2}, 2, 3.0)"],
     ["(3,2,1)"], ["[0,1)", r"\left[0, 1\right)"], ["(0,1]"],
     [r"\{1,2\}", r"\{2, 1\}", "1, 2", "2,1"],
-    [r"\text{Evelyn}", "Evelyn"], ["B", "(B)", r"\text{(B)}", r"\textbf{B}"],
+    [r"\text{Evelyn}", "Evelyn", "evelyn"], ["listen"], [r"\text{Silent}", "silent"], ["xy", "yx"], ["B", "(B)", r"\text{(B)}", r"\textbf{B}"],
     [r"\text{Alice and }\text{Bob}"], [r"\text{Alice and }\text{Carol}"], [r"\infty"], [r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"], ["3t"], ["3h"], ["e^{-50}"], ["e^{-60}"], ["0"],
 ]
 WRITTEN = [(row, text) for row, texts in enumerate(TABLE) for text in texts]
