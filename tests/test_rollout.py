@@ -299,6 +299,7 @@ def test_grading_gives_each_response_to_the_verifier_with_its_own_answer():
 def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r'needs vLLM: pip install "capo-rl\[vllm\]"'): VLLMSampler("anywhere", tokenizer)
+    with pytest.raises(ValueError, match="lora_rank must be from 0 to 512; it is 513"): VLLMSampler("anywhere", tokenizer, lora_rank=513)
 
 
 def test_a_share_of_the_questions_has_the_draws_of_the_whole():
