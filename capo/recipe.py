@@ -7,8 +7,9 @@ __all__ = ['Advantage', 'Loss', 'Keep', 'Size', 'Recipe', 'trust', 'masked', 'gr
 
 # %% ../nbs/13_recipe.ipynb #adb771e6
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
@@ -20,7 +21,7 @@ from .surrogate import logistic
 
 # %% ../nbs/13_recipe.ipynb #48b58c7b
 Advantage = Callable[[Rollouts, int], Tensor]                      # rollouts, step → (B, G)
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]          # logp, old_logp (N, T), advantage (N,), mask (N, T) → scalar
+Loss = Callable[..., Tensor]                                       # logp, old_logp (N, T), advantage (N,), mask (N, T), weight=None (N, T) → scalar
 Keep = Callable[[Rollouts], Tensor]                                # rollouts → (B, G) bool
 
 # %% ../nbs/13_recipe.ipynb #292da3f7
@@ -31,6 +32,8 @@ class Recipe:
     advantage: Advantage        # final advantages, the mask applied; 0 for a response that teaches nothing
     loss: Loss = clipped_loss   # the loss to minimise
     keep: Keep | None = None    # which labels are trusted; None: all, and no reference model is needed
+    count: Callable[[Tensor], Any] = len # mask (N, T) → how many things the loss is a mean over: responses here, tokens in some methods
+    settings: Mapping[str, Any] = field(default_factory=dict) # what it was made with, for records
 
 # %% ../nbs/13_recipe.ipynb #03a7aa31
 def trust(
@@ -59,7 +62,7 @@ def grpo(
 ) -> Recipe:
     "GRPO (2402.03300); mean-centred as Dr. GRPO (2503.20783) if not `scale`; with a noise mask if thresholds are given."
     keep = trust(ref_low, ref_high)
-    return Recipe("grpo", masked(lambda r, step: grpo_advantage(r.reward, scale, r.valid), keep), keep=keep)
+    return Recipe("grpo", masked(lambda r, step: grpo_advantage(r.reward, scale, r.valid), keep), keep=keep, settings=dict(scale=scale, ref_low=ref_low, ref_high=ref_high))
 
 # %% ../nbs/13_recipe.ipynb #c6196eb9
 Size = Callable[[Tensor, Rollouts, float], Tensor] # Ã (B, G), rollouts, tau → (B, G)
@@ -84,4 +87,5 @@ def capo(
     "CAPO: pairwise advantages of the logistic surrogate, sized, and masked by reference perplexity. (Paper, Â = m·Ã.)"
     surrogate, keep = logistic(tau), trust(ref_low, ref_high)
     advantage = lambda r, step: scale(pairwise_advantage(r.lpm, r.reward, surrogate, r.valid), r, tau)
-    return Recipe("capo", masked(advantage, keep), keep=keep)
+    settings = dict(tau=tau, ref_low=ref_low, ref_high=ref_high, scale=getattr(scale, "__name__", str(scale)))
+    return Recipe("capo", masked(advantage, keep), keep=keep, settings=settings)
