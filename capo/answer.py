@@ -135,7 +135,7 @@ def serve() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(reply, found)
 
-# %% ../nbs/07_answer.ipynb #3d526f95
+# %% ../nbs/07_answer.ipynb #7490c4b9
 class Helper:
     "math-verify in a process of its own, started when first asked, replaced when it dies. Unix only."
     process: Any = None
@@ -149,8 +149,8 @@ class Helper:
 
     def start(self) -> Any:
         program = f"{inspect.getsource(serve)}\nserve()"
-        p = subprocess.Popen([sys.executable, "-P", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
-        if p.stdout.read(1) != b"!":                     
+        p: Any = subprocess.Popen([sys.executable, "-P", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+        if p.stdout.read(1) != b"!":
             p.wait()
             raise RuntimeError("math-verify does not start; `pip install math-verify` installs it, and `python -c 'import math_verify'` says what is wrong")
         return p
@@ -168,7 +168,7 @@ class Helper:
                 p = self.process = self.process or self.start()
                 try:
                     p.stdin.write(json.dumps([a, b, seconds]).encode() + b"\n")
-                    reply = p.stdout.read(1)             
+                    reply = p.stdout.read(1)
                     if not reply: p.wait()
                 except BrokenPipeError: p.wait(); reply = b""
                 except BaseException: self.stop(); raise
@@ -184,13 +184,14 @@ def asked(a: str, b: str, seconds: float) -> bool | None:
     "`HELPER.ask`, remembered, since models repeat themselves; what took too long once is not tried again."
     return HELPER.ask(a, b, seconds)
 
-# %% ../nbs/07_answer.ipynb #81b66e9e
+# %% ../nbs/07_answer.ipynb #468e36c6
 def same_answer(
     a: str,               # one extracted answer
     b: str,               # the other; the order does not matter
     seconds: float = 3.0, # for the comparison, in any thread
 ) -> bool | None:
     "Whether two answers are mathematically equal; None if that cannot be told: blank, unreadable, too long, or not decided in time."
+    if seconds <= 0: raise ValueError(f"seconds must be positive; it is {seconds}")
     if not (a.strip() and b.strip()): return None
     x, y = canonical(a), canonical(b)
     if x == y: return True
