@@ -841,7 +841,7 @@ def report(
     if out is not None: made.save(out)
     return made
 
-# %% ../nbs/12_evaluate.ipynb #d99fff1f
+# %% ../nbs/12_evaluate.ipynb #93170607
 def batch_seed(
     seed: int,  # of the run
     first: int, # question that the batch begins with
@@ -881,6 +881,7 @@ def collect(
     extract: Callable[[str], str | None] = extract_answer, # from a text to its answer
     seed: int = 0,                                         # of the run
     batch: int = 16,                                       # questions to sample and to write at a time
+    shown: Sequence[Problem] | None = None,                # bare questions, for the file; None: the prompts
 ) -> Iterator[int]:
     """Samples, grades, and appends to the file; yields the number of questions done, first those that the file already holds.
 
@@ -891,8 +892,8 @@ def collect(
         done = cut_to_batches(path, len(problems), n, batch)
         yield done
         for first in range(done, len(problems), batch):
-            part = problems[first:first + batch]
-            rows = response_rows(rollout(sampler, part, n, verify, batch_seed(seed, first)), part, extract, first)
+            part, names = (x[first:first + batch] for x in (problems, shown or problems))
+            rows = response_rows(rollout(sampler, part, n, verify, batch_seed(seed, first)), names, extract, first)
             f.write(response_lines(rows)); f.flush(); os.fsync(f.fileno())
             yield first + len(part)
 
