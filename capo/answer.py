@@ -48,15 +48,15 @@ def extract_answer(
     r"The answer in a response: the last `\boxed{…}`, else the last number, else None."
     return boxed(text) or (last_number(text) if fallback else None)
 
-# %% ../nbs/07_answer.ipynb #b6318e2c
+# %% ../nbs/07_answer.ipynb #ef5b548c
 LONGEST = 1000                                             # characters; a longer answer equals only itself
 WORDS = r"dollars?|cents?|units?|degrees?|hours?|minutes?|seconds?|days?|years?|inch(?:es)?|feet|miles?|met(?:er|re)s?|cm|mm|km|kg"
 HANDWRITING = [(re.compile(a), b) for a, b in (
-    (r"−", "-"), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![a-zA-Z])|[()$])|\$", ""),
+    (r"−", "-"), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![a-zA-Z])|[][()$])|\$", ""),
     (r"(?<=\d)(?:\{,\}|,\\!|\\[!, ])(?=\d{3})", ","), (r"(?<!\\)\\[!,;: ]|~", " "),              # spaces, and those that part thousands
     (r"\s+", " "), (r"^ | ?\.? ?$", ""), (r"^\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\{([^{}]*)\}$", r"\1"),
     (r"\\%|(?<=\d) ?percent$", "%"), (r"(?<=.)\^(?:\{ ?\\circ ?\}|\\circ)$", ""),
-    (r"(?<=[^ ]) ?\\(?:text|mbox|mathrm(?=\{ ?\w\w))\{[^{}]*\}(?:\^\{?\d\}?)?$", ""), (rf"(?<=\d) ?(?:{WORDS})$", ""),
+    (r"^((?:(?!\\text|\\mbox|\\mathrm).)+?) ?\\(?:text|mbox|mathrm(?=\{ ?\w\w))\{[^{}]*\}(?:\^\{?\d\}?)?$", r"\1"), (rf"(?<=\d) ?(?:{WORDS})$", ""),
     (r"^[A-Za-z] ?= ?(?=[^=]+$)", ""), (r"^\(([A-Z])\)$", r"\1"), (r"(?<!\w) | (?!\w)", ""))]
 
 def tidy(

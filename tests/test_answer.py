@@ -22,7 +22,7 @@ TABLE = [
     ["(3,2,1)"], ["[0,1)", r"\left[0, 1\right)"], ["(0,1]"],
     [r"\{1,2\}", r"\{2, 1\}", "1, 2", "2,1"],
     [r"\text{Evelyn}", "Evelyn"], ["B", "(B)", r"\text{(B)}", r"\textbf{B}"],
-    [r"\infty"], [r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"], ["3t"], ["3h"], ["e^{-50}"], ["e^{-60}"], ["0"],
+    [r"\text{Alice and }\text{Bob}"], [r"\text{Alice and }\text{Carol}"], [r"\infty"], [r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"], ["3t"], ["3h"], ["e^{-50}"], ["e^{-60}"], ["0"],
 ]
 WRITTEN = [(row, text) for row, texts in enumerate(TABLE) for text in texts]
 HOSTILE = ["9^{9^{9^{9}}}", "9^9^9^9", "{" * 3000 + "}" * 3000, "{" * 400 + "5" + "}" * 400, "9" * 100_000, r"\frac{1}{2", "5\x00", "}{", "", " ", "2^3^2", r"\frac{1}{0}",
