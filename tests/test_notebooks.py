@@ -14,6 +14,8 @@ SECONDS = {
     "05_mask.ipynb": 180,
     "06_misalignment.ipynb": 300,
     "07_answer.ipynb": 180,
+    "08_vote.ipynb": 180,
+    "09_selective.ipynb": 180,
     "10_task.ipynb": 180,
     "11_rollout.ipynb": 180,
     "12_evaluate.ipynb": 180,
