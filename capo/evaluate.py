@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CHECKS', 'Statistic', 'Ranked', 'NUMBERS', 'STYLE', 'SERIES', 'LINES', 'EXPLAINED', 'Source', 'accuracy', 'Responses',
            'response_rows', 'response_lines', 'write_responses', 'shorten', 'read_responses', 'as_responses',
-           'evaluate', 'bootstrap', 'resamples', 'ratio', 'mean_of', 'ranked', 'weighted_auc', 'size_of', 'mean_over',
-           'correlation', 'weighted_ece', 'weighted_area', 'weighted_prr', 'statistics', 'Estimate', 'estimate',
-           'Assessment', 'counts', 'assess', 'Comparison', 'paired', 'visible', 'Code', 'Number', 'in_markdown',
-           'in_html', 'Block', 'Heading', 'Paragraph', 'Table', 'Picture', 'Example', 'Report', 'plain', 'png',
-           'panels', 'draw_risk', 'draw_auc', 'draw_confidence', 'curves_of', 'label', 'draw_votes', 'examples',
+           'evaluate', 'bootstrap', 'resamples', 'ratio', 'mean_of', 'ranked', 'weighted_auc', 'mean_over',
+           'correlation', 'weighted_ece', 'weighted_area', 'weighted_prr', 'size_of', 'statistics', 'Estimate',
+           'estimate', 'Assessment', 'counts', 'assess', 'Comparison', 'paired', 'visible', 'Code', 'Number',
+           'in_markdown', 'in_html', 'Block', 'Heading', 'Paragraph', 'Table', 'Picture', 'Example', 'Report', 'plain',
+           'png', 'panels', 'draw_risk', 'draw_auc', 'draw_confidence', 'curves_of', 'label', 'draw_votes', 'examples',
            'about', 'unavailable', 'named', 'report', 'batch_seed', 'cut_to_batches', 'collect']
 
 # %% ../nbs/12_evaluate.ipynb #e2be7f91
@@ -354,19 +354,6 @@ def weighted_auc(
         return ((right[:, 1:] + right[:, :-1]) / 2 * wrong.diff(dim=1)).sum(1) / (right[:, -1] * wrong[:, -1])
     return value
 
-# %% ../nbs/12_evaluate.ipynb #b821e772
-NUMBERS = {
-    "accuracy": "accuracy, mean of n", "pass_at_n": "any of n is right, pass@n", "majority": "majority of n", "most_confident": "most confident of n",
-    "perplexity_consistency": "Perplexity Consistency of n", "rpc": "RPC of n", "deepconf": "DeepConf of n",
-    "auc_mean": "AUC-mean", "pooled_auc": "AUC, pooled", "brevity_auc": "AUC-mean of brevity alone",
-    "coverage_area": "precision–coverage area", "prr": "PRR", "coverage": "coverage at the threshold", "precision": "precision at the threshold",
-    "ece": "ECE of exp(lpm)", "brier": "Brier score of exp(lpm)", "lpm": "lpm, nats a token", "length": "tokens a response",
-    "length_correlation": "correlation of length and lpm", "truncated": "truncated"}
-
-def size_of(r: Responses) -> int:
-    "The n of pass@n: the responses that a question has, the median where questions differ."
-    return max(1, int(r.valid.sum(1).median()))
-
 # %% ../nbs/12_evaluate.ipynb #39a7a44a
 def mean_over(
     x: Shaped[Tensor, "B G"],  # of each response
@@ -422,6 +409,19 @@ def weighted_prr(
         oracle = (right + right * (torch.digamma(every + 1) - torch.digamma(right + 1))) / every
         return (area(w) - right / every) / (oracle - right / every)
     return value
+
+# %% ../nbs/12_evaluate.ipynb #b821e772
+NUMBERS = {
+    "accuracy": "accuracy, mean of n", "pass_at_n": "any of n is right, pass@n", "majority": "majority of n", "most_confident": "most confident of n",
+    "perplexity_consistency": "Perplexity Consistency of n", "rpc": "RPC of n", "deepconf": "DeepConf of n",
+    "auc_mean": "AUC-mean", "pooled_auc": "AUC, pooled", "brevity_auc": "AUC-mean of brevity alone",
+    "coverage_area": "precision–coverage area", "prr": "PRR", "coverage": "coverage at the threshold", "precision": "precision at the threshold",
+    "ece": "ECE of exp(lpm)", "brier": "Brier score of exp(lpm)", "lpm": "lpm, nats a token", "length": "tokens a response",
+    "length_correlation": "correlation of length and lpm", "truncated": "truncated"}
+
+def size_of(r: Responses) -> int:
+    "The n of pass@n: the responses that a question has, the median where questions differ."
+    return max(1, int(r.valid.sum(1).median()))
 
 # %% ../nbs/12_evaluate.ipynb #04ced601
 def statistics(
@@ -766,8 +766,8 @@ def examples(
         found.setdefault((r.id[q], r.text[q][i] or str(answer)), Example(about, r.prompt[q], r.text[q][i]))
     return list(found.values())
 
-# %% ../nbs/12_evaluate.ipynb #4bbbaa76
-EXPLAINED = ("Each number stands with its interval under resampling of questions. A lone right or wrong class has no AUC: such questions are skipped. ECE and Brier score take exp(lpm) "
+# %% ../nbs/12_evaluate.ipynb #e3661531
+EXPLAINED = ("Each number stands with its interval under resampling of questions; at the threshold, with the threshold as given. A question whose responses are all right or all wrong has no AUC and is skipped. ECE and Brier score take exp(lpm) "
              "for a probability of being right, which it is not: it is a probability per token, and any monotone change of it moves them while it leaves every choice made by ranking "
              "as it was; so they mean less here than AUC does. Length confounds confidence: where brevity alone ranks as well as lpm, lpm may be saying no more than that.")
 
