@@ -99,12 +99,12 @@ def test_many_flaws_are_counted_and_some_described(tmp_path):
 
 
 def test_a_compressed_file_that_ends_too_early(tmp_path):
-    whole = gzip.compress(b"".join(line(id=i, prompt=str(i * 7919)) + b"\n" for i in range(3000)))
+    whole = gzip.compress(b"".join(line(id=i, prompt=str(i * 7919)) + b"\n" for i in range(400)))
     for cut, tail in ((len(whole) // 2, b""), (len(whole) - 4, b""), (len(whole) // 2, b"\0" * 2000)):
         path = tmp_path / "r.gz"
         path.write_bytes(whole[:cut] + tail)
         found = read_responses(path)
-        assert 0 < len(found) <= 3000 and found.refused >= 1 and "damaged or ends too early" in found.flaws[-1]
+        assert 0 < len(found) <= 400 and found.refused >= 1 and "damaged or ends too early" in found.flaws[-1]
 
 
 @pytest.mark.parametrize("content, words", [(b"", "it is empty"), (b"\n\n \n", "it is empty"), (b"x\ny\n", "none of its 2 lines can be used; the first: ")])
