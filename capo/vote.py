@@ -224,7 +224,7 @@ def bottom_confidence(
     n = ((~groups.isnan()).sum(-1, keepdim=True) * share).floor().clamp(min=1)
     return groups.where(torch.arange(groups.shape[-1], device=groups.device) < n, 0).sum(-1) / n[..., 0]
 
-# %% ../nbs/08_vote.ipynb #d77ff8a3
+# %% ../nbs/08_vote.ipynb #d0049692
 def tail_confidence(
     token_confidence: Float[Tensor, "B G T"],   # minus the mean of the top-k log-probabilities
     mask: Shaped[Tensor, "B G T"],              # 1 on response tokens, then 0
@@ -233,7 +233,7 @@ def tail_confidence(
     "Mean confidence of a response's last `size` tokens; nan for an empty response. (arXiv 2508.15260.)"
     lengths = _lengths(token_confidence, mask, size)[..., None].to(mask.device)
     tail = mask.bool() & (torch.arange(mask.shape[-1], device=mask.device) >= lengths - size)
-    return token_confidence.where(tail, 0).sum(-1) / tail.sum(-1)
+    return token_confidence.float().where(tail, 0).sum(-1) / tail.sum(-1)
 
 # %% ../nbs/08_vote.ipynb #b3a84740
 def deepconf(
