@@ -17,7 +17,7 @@ import capo as _capo
 from . import evaluate as _evaluate
 from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, make_base, new_folder, table
 from .recipe import capo, grpo
-from .rollout import HFSampler
+from .rollout import HFSampler, VLLMSampler
 from .task import INSTRUCTION, Problem, arithmetic_tokenizer, base_model, load_problems, with_template
 from .train import NonFiniteLoss, TrainConfig
 
@@ -151,7 +151,7 @@ def load_model(
     kind = getattr(torch, dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32")
     return _loaded(AutoModelForCausalLM, name, dtype=kind, trust_remote_code=remote_code).to(device).eval()
 
-# %% ../nbs/40_cli.ipynb #03e575a5
+# %% ../nbs/40_cli.ipynb #0a9182ae
 def prompts_for(
     problems: Sequence[Problem],  # bare questions
     tokenizer: Any,               # of the model
@@ -166,10 +166,10 @@ def prompts_for(
 
 def sampler_for(a: argparse.Namespace, tokenizer: Any) -> Any:
     "transformers, or vLLM if asked."
-    options = {"max_new_tokens": a.max_new_tokens, "temperature": a.temperature} | ({"top_k": a.top_k} if a.top_k else {})
+    options = {"max_new_tokens": a.max_new_tokens, "temperature": a.temperature, "top_k": a.top_k}
     if a.vllm:
-        from capo.rollout import VLLMSampler # type: ignore[attr-defined]
-        return VLLMSampler(a.model, **options)
+        if a.model == "base" or (Path(a.model) / "adapter_config.json").is_file(): raise ValueError("vLLM takes a whole model here, not an adapter or the small model: leave --vllm out, or merge the adapter into its base")
+        return VLLMSampler(a.model, tokenizer, dtype=a.dtype, trust_remote_code=a.trust_remote_code, **options)
     return HFSampler(load_model(a.model, a.dtype, a.trust_remote_code), tokenizer, **options)
 
 def evaluate(a: argparse.Namespace, command: str) -> None:
@@ -180,14 +180,18 @@ def evaluate(a: argparse.Namespace, command: str) -> None:
     if not 0 < a.temperature < math.inf: raise ValueError(f"temperature must be a positive number; it is {a.temperature}")
     if not 0 < a.precision <= 1: raise ValueError(f"precision must lie in (0, 1]; it is {a.precision}")
     out = a.out or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
-    questions = load_problems(a.data, a.questions, a.like, a.prompt_column, a.answer_column, a.split, a.subset, a.skip_bad)
+    try: questions = load_problems(a.data, a.questions, a.like, a.prompt_column, a.answer_column, a.split, a.subset, a.skip_bad)
+    except ImportError as e: raise ValueError(str(e)) from None
     tokenizer = load_tokenizer(a.model, a.trust_remote_code)
     problems = prompts_for(questions, tokenizer, a.chat, a.system, a.instruction)
     data = hashlib.sha256(json.dumps([[p.prompt, p.answer] for p in problems]).encode()).hexdigest()[:16]
     run = {k: getattr(a, k) for k in ("model", "data", "n", "seed", "temperature", "max_new_tokens", "batch", "top_k", "dtype", "vllm")} | {
         "questions": len(problems), "prompts and answers": data, "weights": fingerprint(resources.files("capo") / "base" if a.model == "base" else a.model)}
-    sampler = sampler_for(a, tokenizer)                    # before the folder is made: a model that cannot be loaded leaves no trace
-    folder = same_run(out, run, {"command": command, "version": _capo.__version__, "commit": commit(), "python": platform.python_version()})
+    note = {"command": command, "version": _capo.__version__, "commit": commit(), "python": platform.python_version()}
+    if Path(out).exists(): same_run(out, run, note)        # another run is refused before the model is loaded,
+    try: sampler = sampler_for(a, tokenizer)               # and a model that cannot be loaded leaves no trace
+    except ImportError as e: raise ValueError(str(e)) from None
+    folder = same_run(out, run, note)
     print(f"{len(problems)} questions of {a.data}, {a.n} responses each by {a.model}; files go to {folder}/", flush=True)
     done = _evaluate.collect(sampler, problems, a.n, folder / "responses.jsonl", seed=a.seed, batch=a.batch, shown=questions)
     with tqdm(total=len(problems) * a.n, unit="response", smoothing=.05) as bar:

@@ -159,7 +159,7 @@ BAD = {"-n 0": "n must be at least 1; it is 0", "--batch 0": "batch must be", "-
 
 @pytest.mark.parametrize("options", BAD)
 def test_bad_values_give_one_sentence_and_no_file(options, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert BAD[options] in complaint(capsys, *RUN, *options.split()) and files() == []
 
 
@@ -232,3 +232,10 @@ def test_bad_options_of_a_report(capsys):
     for options, words in (("--resamples 0", "n must be at least 1"), ("--precision 2", "precision must lie"), ("a.jsonl", "different files"), ("--out a.jsonl", "another run")):
         assert words in complaint(capsys, "report", "a.jsonl", *options.split())
     assert files() == ["a.jsonl"]
+
+
+def test_what_vllm_cannot_do_is_said(capsys, monkeypatch):
+    assert "vLLM takes a whole model" in complaint(capsys, *RUN, "--vllm") and files() == []
+    tiny_lm(16, 1, 2).save_pretrained("m")
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    assert 'pip install "capo-rl[vllm]"' in complaint(capsys, *RUN[:2], "m", *RUN[3:], "--vllm") and not Path("out").exists()
