@@ -611,7 +611,7 @@ class Example(Block):
         pre = lambda text, size: f"<pre>{html.escape(visible(shorten(text, size)))}</pre>"
         return f"<article>{Paragraph(self.about).html()}{pre(self.prompt, 300)}{pre(self.text, 600)}</article>"
 
-# %% ../nbs/12_evaluate.ipynb #7f6bfd84
+# %% ../nbs/12_evaluate.ipynb #6c3e8824
 STYLE = """
 .capo { --ink: #1c1e21; --soft: #63686e; --line: #d5d8dc; --back: #ffffff; --box: #f5f6f7; color-scheme: light dark;
         color: var(--ink); background: var(--back); font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; box-sizing: border-box }
@@ -627,7 +627,7 @@ body.page { margin: 0 }
 .capo pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .4rem .6rem; margin: .3rem 0; max-height: 16rem; overflow-y: auto } .capo code { padding: 0 .2em }
 """
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     "Blocks, and the numbers behind them. It shows itself in a notebook, prints as a table, and is saved as a folder."
     title: Sequence[str]
@@ -638,6 +638,7 @@ class Report:
         return f'<style>{STYLE}</style><main class="capo">' + "\n".join(b.html() for b in (Heading(self.title, 1), *self.blocks)) + "</main>"
     def _repr_markdown_(self) -> str: return "\n\n".join(b.markdown() for b in (Heading(self.title, 1), *self.blocks)) + "\n"
     def __str__(self) -> str: return "\n\n".join(b.markdown() for b in self.blocks if isinstance(b, (Table, Paragraph)))
+    def __repr__(self) -> str: return f"<Report: {Paragraph(self.title).markdown()}>"
 
     def save(self, folder: str | Path) -> Path:
         "Writes report.md, report.html, summary.json and the pictures; what else is in the folder stays."
