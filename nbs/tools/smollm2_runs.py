@@ -86,7 +86,7 @@ if __name__ == "__main__":
     ask.add_argument("--seed", type=int, required=True)
     ask.add_argument("--out", type=Path, default=DATA)
     ask.add_argument("--model", type=Path, default=MODEL)
-    for name, kind, default in (("steps", int, 40), ("lr", float, 5e-4), ("lora-rank", int, 16), ("eval-every", int, 20), ("held-out", int, 64), ("samples", int, 16)):
+    for name, kind, default in (("steps", int, 40), ("lr", float, 1e-4), ("lora-rank", int, 16), ("eval-every", int, 20), ("held-out", int, 64), ("samples", int, 16)):
         ask.add_argument(f"--{name}", type=kind, default=default)
     a = ask.parse_args()
     torch.set_num_threads(1)
@@ -102,12 +102,12 @@ if __name__ == "__main__":
     start, evals = time.perf_counter(), CSVLog(folder/"evals.csv")
 
     def watch(policy, step):
-        "Held-out numbers; before training they are those of the arm `base`, which samples with the same seed."
+        "Held-out numbers, on the way with half the samples; before training they are those of the arm `base`, which samples with the same seed."
         if step == 0 and a.arm != "base": return {}
-        began = time.perf_counter()
-        r = rollout(HFSampler(policy, tokenizer, a.config.max_new_tokens, rows=SAMPLE_ROWS), asked, a.samples, verify, seed=EVALUATE_SEED + a.seed)
+        began, n = time.perf_counter(), a.samples if step in (0, a.steps) else a.samples // 2
+        r = rollout(HFSampler(policy, tokenizer, a.config.max_new_tokens, rows=SAMPLE_ROWS), asked, n, verify, seed=EVALUATE_SEED + a.seed)
         save(folder/f"responses-{step}.jsonl.gz", r, [(q, p.answer) for q, p in zip(kept, asked)])
-        row = {"step": step} | evaluate(r)
+        row = {"step": step, "samples": n} | evaluate(r)
         evals(row | {"seconds": time.perf_counter() - began})
         print(row, flush=True)
         return row
