@@ -5,7 +5,7 @@ The arms: `settings` samples the base model on a seed that is not reported and f
 evaluation. Each writes FOLDER/ARM-SEED (FOLDER: nbs/data/smollm2): config.json, log.csv, evals.csv, responses-STEP.jsonl.gz. Same
 seed, same questions in the same order. One thread a process; run arms side by side.
 """
-import argparse, gzip, json, math, platform, shlex, sys, time
+import argparse, gzip, json, math, platform, random, shlex, sys, time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -64,15 +64,14 @@ def save(path, r, kept):
                 f.write((json.dumps(row) + "\n").encode())
 
 
-def settings(model, tokenizer, pool, a):
-    """The rule, fixed before any training: the base model answers 64 training questions 8 times, on a seed that is not reported.
+def settings(r):
+    """The rule, fixed before any training, from the base model's responses to 64 training questions on a seed that is not reported.
 
-    tau is the standard deviation of lpm over these responses, to one significant digit: the scale of the margins it has to tell
-    apart. The mask's thresholds are the quartiles of the reference's perplexity, the upper of the right, the lower of the wrong."""
-    import random
-    r = rollout(HFSampler(model, tokenizer, a.config.max_new_tokens, rows=SAMPLE_ROWS), random.Random(a.seed).sample(pool, 64), 8, verify, seed=a.seed)
-    low, high = quantile_thresholds(r.ppl, r.reward, valid=r.valid)
-    return {"tau": float(f"{r.lpm[r.valid].std().item():.1g}"), "ref_low": round(low, 3), "ref_high": round(high, 3), "lpm_std": r.lpm[r.valid].std().item(), **evaluate(r)}
+    tau is the standard deviation of lpm over the responses, to one significant digit: the scale of the margins it has to tell
+    apart. The mask's thresholds are the quartiles of the reference's perplexity, as the paper's roughly are of its reference."""
+    lpm, (low, high) = r.lpm[r.valid].double(), r.ppl[r.valid].double().quantile(torch.tensor([.25, .75], dtype=torch.float64)).tolist()
+    per_class = quantile_thresholds(r.ppl, r.reward, valid=r.valid)
+    return {"tau": float(f"{lpm.std().item():.1g}"), "ref_low": round(low, 3), "ref_high": round(high, 3), "lpm_std": lpm.std().item(), "quartiles_per_class": per_class} | evaluate(r)
 
 
 def recipe(arm, s):
@@ -113,7 +112,10 @@ if __name__ == "__main__":
         return row
 
     if a.arm == "settings":
-        found = settings(model, tokenizer, pool, a)
+        chosen = random.Random(a.seed).sample(range(len(pool)), 64)
+        r = rollout(HFSampler(model, tokenizer, a.config.max_new_tokens, rows=SAMPLE_ROWS), [pool[i] for i in chosen], 8, verify, seed=a.seed)
+        save(folder/"responses-0.jsonl.gz", r, [(pool[i].prompt, pool[i].answer) for i in chosen])
+        found = settings(r)
         (a.out/"settings.json").write_text(json.dumps({"seed": a.seed} | found, indent=1) + "\n")
         print(found)
     elif a.arm == "base": watch(model, 0)
