@@ -96,7 +96,7 @@ if __name__ == "__main__":
     about = {"arm": a.arm, "seed": a.seed, "command": shlex.join(["python", "nbs/tools/smollm2_runs.py", *sys.argv[1:]]), "commit": commit(), "task": TASK, "way": WAY, "example": asked[0].prompt,
              "train_questions": len(pool), "held_out": len(asked), "samples": a.samples, "gguf_sha256": SHA256, "train": asdict(a.config), "dtype": "float32", "threads": 1,
              "python": platform.python_version(), **{x: version(x) for x in ("torch", "transformers", "peft", "reasoning_gym")}}
-    if a.arm not in ("settings", "base"): about["settings"] = json.loads((DATA/"settings.json").read_text())
+    if a.arm not in ("settings", "base", "grpo"): about["settings"] = json.loads((DATA/"settings.json").read_text())
     (folder/"config.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     start, evals = time.perf_counter(), CSVLog(folder/"evals.csv")
 
@@ -121,7 +121,7 @@ if __name__ == "__main__":
     elif a.arm == "base": watch(model, 0)
     else:
         capo.train.rollout_logps, steps = shared_prefix_logps, CSVLog(folder/"log.csv")
-        result = train(model, tokenizer, pool, recipe(a.arm, about["settings"]), evaluate=watch, config=a.config, folder=folder,
+        result = train(model, tokenizer, pool, recipe(a.arm, about.get("settings")), evaluate=watch, config=a.config, folder=folder,
                        log=lambda row: (steps(row), print({k: round(v, 4) for k, v in row.items()}, flush=True)))
         # tokens that were computed with gradients and sampled, over the seconds of the steps alone
         tokens = sum(row["length"] for row in result.rows) * a.config.questions * a.config.group_size
