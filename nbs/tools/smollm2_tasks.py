@@ -1,10 +1,10 @@
-"""Which task can SmolLM2-135M-Instruct half do, and asked how? smollm2_tasks.py MODEL [--out FILE] [--only NAME ...]
+"""Which task can SmolLM2-135M-Instruct half do, and asked how? smollm2_tasks.py MODEL [--out FILE]
 
 Each candidate is a task of reasoning-gym and a way to ask: 64 distinct questions, 8 responses each at temperature 1. A row of FILE
 (default nbs/data/smollm2/tasks.csv) says how often the model is right, how many groups of 8 are mixed (the others teach nothing),
 AUC-mean over the mixed ones, and how long prompts and responses are.
 """
-import argparse, csv, random, re, time
+import argparse, re, time
 from pathlib import Path
 
 import torch
@@ -12,18 +12,15 @@ import torch
 from capo.evaluate import evaluate
 from capo.rollout import HFSampler, rollout
 from capo.task import Problem, verify
+from capo.train import CSVLog
 
 DATA = Path(__file__).resolve().parents[1] / "data/smollm2"
-SYSTEM = "You are a calculator."
 
 chain = lambda terms, digits: ("chain_sum", dict(min_terms=terms, max_terms=terms, min_digits=digits, max_digits=digits))
 TASKS = {
-    "sums, 2 terms of 1 digit": chain(2, 1), "sums, 3 terms of 1 digit": chain(3, 1), "sums, 2 terms of 2 digits": chain(2, 2), "sums, 3 terms of 2 digits": chain(3, 2),
+    "sums, 2 terms of 1 digit": chain(2, 1), "sums, 3 terms of 1 digit": chain(3, 1), "sums, 2 terms of 2 digits": chain(2, 2),
     "products of 1 digit": ("products", dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)),
     "sums and products of 1 digit": ("basic_arithmetic", dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1, operators=("+", "-", "*"), allow_parentheses=False, allow_negation=False)),
-    "gcd up to 30": ("gcd", dict(min_value=2, max_value=30)), "lcm up to 12": ("lcm", dict(min_value=2, max_value=12)),
-    "legs of 1 kind of animal": ("leg_counting", dict(min_animals=1, max_animals=1, min_instances=1, max_instances=5)),
-    "letters in 3 words": ("letter_counting", dict(min_words=3, max_words=3)), "next of a sequence": ("number_sequence", dict(max_complexity=2, min_value=0, max_value=20)),
 }
 
 
@@ -53,14 +50,17 @@ what, echo = lambda q: f"What is {short(q)}?", lambda q, a: f"{short(q)} = {a}"
 # a way to ask: the system prompt (None: the template's own), examples shown as earlier turns of the chat, how a question is put, how an example is answered
 WAYS = {
     "as it is": (None, 0, lambda q: q, None),
-    "What is, nothing else": ("", 0, what, None),
     "1 example, number": ("", 1, what, lambda q, a: a),
-    "4 examples, number": ("", 4, what, lambda q, a: a),
     "1 example, sentence": ("", 1, what, echo),
-    "1 example, sentence, template's system prompt": (None, 1, what, echo),
     "2 examples, sentence": ("", 2, what, echo),
     "2 examples, worked": ("", 2, what, total),
 }
+CANDIDATES = [
+    ("sums and products of 1 digit", "1 example, sentence"), ("sums, 2 terms of 1 digit", "as it is"), ("sums, 2 terms of 1 digit", "1 example, number"),
+    ("sums, 2 terms of 1 digit", "1 example, sentence"), ("products of 1 digit", "1 example, sentence"), ("sums, 2 terms of 2 digits", "1 example, sentence"),
+    ("sums, 3 terms of 1 digit", "1 example, sentence"), ("sums, 3 terms of 1 digit", "2 examples, worked"), ("sums and products of 1 digit", "as it is"),
+    ("sums and products of 1 digit", "2 examples, sentence"),
+]
 
 
 def problems(tokenizer, task, way, n, seed, exclude=()):
@@ -82,26 +82,16 @@ if __name__ == "__main__":
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("model")
     ask.add_argument("--out", type=Path, default=DATA/"tasks.csv")
-    ask.add_argument("--only", nargs="*", default=None, help="tasks; default: all")
-    ask.add_argument("--ways", nargs="*", default=None, help="ways to ask; default: all")
-    ask.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
     ask.add_argument("--questions", type=int, default=64)
     a = ask.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = load(a.model, getattr(torch, a.dtype))
-    sampler = HFSampler(model, tokenizer, 24, rows=128)
-    new = not a.out.exists()
+    model, tokenizer = load(a.model, torch.float32)
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    for task in a.only or TASKS:
-        for way in a.ways or WAYS:
-            if "worked" in way and not task.startswith("sums"): continue
-            start, ps = time.perf_counter(), problems(tokenizer, task, way, a.questions, seed=1)
-            r = rollout(sampler, ps, 8, verify, seed=1)
-            e, seconds = evaluate(r), time.perf_counter() - start
-            row = {"task": task, "way": way, "questions": len(ps), "accuracy": e["accuracy"], "mixed": e["mixed_questions"] / len(ps), "auc_mean": e["auc_mean"],
-                   "lpm": e["lpm"], "length": e["length"], "truncated": e["truncated"], "prompt": r.prompt_mask.sum(1).float().mean().item(), "seconds": round(seconds, 1)}
-            with a.out.open("a", newline="") as f:
-                writer = csv.DictWriter(f, list(row))
-                if new: writer.writeheader(); new = False
-                writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-            print(row, [t for ts in r.text[:3] for t in ts[:3]], flush=True)
+    log = CSVLog(a.out)
+    for task, way in CANDIDATES:
+        start, ps = time.perf_counter(), problems(tokenizer, task, way, a.questions, seed=1)
+        r = rollout(HFSampler(model, tokenizer, 24, rows=128), ps, 8, verify, seed=1)
+        e = evaluate(r)
+        log({"task": task, "way": way, "questions": len(ps), "accuracy": e["accuracy"], "mixed": e["mixed_questions"] / len(ps), "auc_mean": e["auc_mean"], "lpm": e["lpm"],
+             "length": e["length"], "truncated": e["truncated"], "prompt": r.prompt_mask.sum(1).float().mean().item(), "seconds": time.perf_counter() - start})
+        print(task, way, e["accuracy"], [t for ts in r.text[:4] for t in ts[:3]], flush=True)
