@@ -1,6 +1,6 @@
 """Which task can SmolLM2-135M-Instruct half do, and asked how? smollm2_tasks.py MODEL [--out FILE]
 
-Each candidate is a task of reasoning-gym and a way to ask: 64 distinct questions, 8 responses each at temperature 1. A row of FILE
+Each candidate is a task of reasoning-gym and a way to ask: 64 distinct questions (or `--questions`), 8 responses each at temperature 1. A row of FILE
 (default nbs/data/smollm2/tasks.csv) says how often the model is right, how many groups of 8 are mixed (the others teach nothing),
 AUC-mean over the mixed ones, and how long prompts and responses are.
 """
@@ -52,14 +52,12 @@ WAYS = {
     "as it is": (None, 0, lambda q: q, None),
     "1 example, number": ("", 1, what, lambda q, a: a),
     "1 example, sentence": ("", 1, what, echo),
-    "2 examples, sentence": ("", 2, what, echo),
     "2 examples, worked": ("", 2, what, total),
 }
 CANDIDATES = [
-    ("sums and products of 1 digit", "1 example, sentence"), ("sums, 2 terms of 1 digit", "as it is"), ("sums, 2 terms of 1 digit", "1 example, number"),
-    ("sums, 2 terms of 1 digit", "1 example, sentence"), ("products of 1 digit", "1 example, sentence"), ("sums, 2 terms of 2 digits", "1 example, sentence"),
-    ("sums, 3 terms of 1 digit", "1 example, sentence"), ("sums, 3 terms of 1 digit", "2 examples, worked"), ("sums and products of 1 digit", "as it is"),
-    ("sums and products of 1 digit", "2 examples, sentence"),
+    ("sums, 2 terms of 1 digit", "as it is"), ("sums, 2 terms of 1 digit", "1 example, number"), ("sums, 2 terms of 1 digit", "1 example, sentence"),
+    ("sums, 2 terms of 2 digits", "1 example, sentence"), ("sums, 3 terms of 1 digit", "1 example, sentence"), ("sums, 3 terms of 1 digit", "2 examples, worked"),
+    ("products of 1 digit", "1 example, sentence"), ("sums and products of 1 digit", "1 example, sentence"),
 ]
 
 
