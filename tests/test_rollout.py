@@ -1,10 +1,12 @@
 "Sampling: what was drawn, under which probability, with which mask; and the object that holds it."
+import math
 from dataclasses import fields, replace
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
-from capo.rollout import HFSampler, Rollouts, grade, rollout, rollout_logps
+from capo.rollout import HFSampler, Rollouts, corrected, draw, grade, mismatch, plan, rollout, rollout_logps, splitmix, uniforms
 from capo.task import Problem, arithmetic_tokenizer
 from test_logprob import V, each_model, model_of
 
@@ -91,15 +93,128 @@ def test_the_seed_decides_and_nothing_else_does():
 
 
 @each_model
-@pytest.mark.parametrize("rows", [1, 4, 6, 100])
-def test_batches_of_any_size_keep_prompts_and_responses_together(name, rows):
-    "At a temperature that leaves no choice, so that the order of draws does not matter."
-    cold = lambda rows: sampler(name, temperature=1e-4, rows=rows)(PROMPTS, 2)
-    a, b = cold(4096), cold(rows)
-    assert a.text == b.text and a.response_ids.equal(b.response_ids) and a.truncated.equal(b.truncated)
-    torch.testing.assert_close(a.logp, b.logp, rtol=0, atol=1e-4)
-    warm = sampler(name, rows=rows)(PROMPTS, 2)
-    with torch.no_grad(): torch.testing.assert_close(rollout_logps(model_of(name), warm), warm.logp, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("tokens", [1, 40, 60, 100, 300])
+@pytest.mark.parametrize("temperature", [1., .7])
+def test_the_draws_do_not_depend_on_the_batches(name, tokens, temperature):
+    "From one response at a time, over parts of a group and groups of several questions, to all at once."
+    options = dict(max_new_tokens=12, temperature=temperature, top_k=4, stop=[",", "7-"])
+    a, b = sampler(name, **options)(PROMPTS, 6, seed=5), sampler(name, tokens=tokens, **options)(PROMPTS, 6, seed=5)
+    for f in fields(Rollouts):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if isinstance(x, torch.Tensor) and x.is_floating_point(): torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
+        else: assert x.equal(y) if isinstance(x, torch.Tensor) else x == y
+
+
+def test_a_response_does_not_depend_on_its_neighbours_nor_on_the_budgets():
+    "Fewer responses are the first of more; a smaller budget cuts, and changes nothing before; prompts behind change nothing."
+    a = sampler(max_new_tokens=12)(PROMPTS, 6, seed=3)
+    few, short, first = sampler(max_new_tokens=12)(PROMPTS, 2, seed=3), sampler(max_new_tokens=3)(PROMPTS, 6, seed=3), sampler(max_new_tokens=12)(PROMPTS[:2], 6, seed=3)
+    assert few.text == [row[:2] for row in a.text] and first.text == a.text[:2]
+    assert short.response_ids.equal(a.response_ids[..., :3]) and short.mask.equal(a.mask[..., :3])
+    same = sampler(max_new_tokens=12)([PROMPTS[0]] * 3, 4, seed=3)                # one prompt thrice has three streams
+    assert len({tuple(row) for row in same.text}) == 3
+
+
+def test_uniform_numbers_are_uniform_and_independent():
+    "Each axis against its neighbour, and the first and last bits, at five standard errors."
+    u = torch.stack([uniforms(seed, torch.arange(20), torch.arange(30), 40) for seed in range(20)])
+    n = u.numel()
+    assert 0 <= u.min() and u.max() < 1 and len(u.unique()) == n
+    counts = torch.histc(u, 64, 0, 1)
+    assert ((counts - n / 64).square() / (n / 64)).sum() < 63 + 5 * (2 * 63)**.5
+    assert abs(((u * 2**53).long() % 2).double().mean() - .5) < 5 * .5 / n**.5
+    z = (u - .5) * 12**.5
+    for axis in range(4):
+        step = z.shape[axis] - 1
+        assert abs((z.narrow(axis, 0, step) * z.narrow(axis, 1, step)).mean()) < 5 / n**.5
+
+
+def test_splitmix_gives_the_published_sequence():
+    "The first outputs of Java's SplittableRandom and of the reference code in C, from the state 1234567."
+    want = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    assert [x % 2**64 for x in splitmix(torch.tensor(1234567), torch.arange(5)).tolist()] == want
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=8).filter(lambda p: sum(p) > 1e-3), st.floats(0, 1, exclude_max=True))
+def test_a_draw_inverts_the_cumulative_distribution(p, u):
+    i = int(draw(torch.tensor([p]), torch.tensor([u], dtype=torch.float64)))
+    total = sum(p)
+    assert p[i] > 0 and sum(p[:i]) <= u * total + 1e-9 and u * total <= sum(p[:i + 1]) + 1e-9
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 6), st.integers(1, 20), st.integers(1, 400))
+def test_a_plan_has_every_response_once_within_the_budget(lengths, n, budget, tokens):
+    seen, last = set(), 51
+    for questions, responses in plan(lengths, n, budget, tokens):
+        pairs, longest = {(b, g) for b in questions.tolist() for g in responses.tolist()}, lengths[questions[0]]
+        assert not pairs & seen and longest <= last and longest == max(lengths[b] for b in questions)
+        assert len(pairs) == 1 or len(pairs) * (longest + budget) <= tokens
+        assert len(questions) == 1 or len(responses) == n                         # a group is cut only if it is alone
+        seen, last = seen | pairs, min(lengths[b] for b in questions)
+    assert seen == {(b, g) for b in range(len(lengths)) for g in range(n)}
+
+
+def test_no_step_is_spent_on_a_response_that_has_ended():
+    model, rows = model_of("llama"), []
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape), with_kwargs=True)
+    try: r = sampler(max_new_tokens=12)(PROMPTS, 8, seed=2)
+    finally: hook.remove()
+    assert rows[0] == (len(PROMPTS), r.prompt_ids.shape[1])                        # each prompt once, not once a response
+    assert [tuple(x) for x in rows[1:]] == [(n, 1) for n in r.mask.sum((0, 1)).tolist()[1:]] and r.mask[..., -1].sum() < 32
+
+
+@each_model
+def test_token_confidence_is_that_of_the_likeliest_tokens(name):
+    r = sampler(name, top_k=3, temperature=.7)(PROMPTS, 3, seed=1)
+    for b, prompt in enumerate(PROMPTS):
+        n = int(r.mask[b, 0].sum())
+        ids = torch.cat([torch.tensor(tokenizer(prompt).input_ids), r.response_ids[b, 0, :n]])
+        with torch.no_grad(): p = model_of(name)(input_ids=ids[None]).logits[0, -n - 1:-1].log_softmax(-1)
+        torch.testing.assert_close(r.token_confidence[b, 0, :n], -p.sort(descending=True).values[:, :3].mean(-1), rtol=0, atol=1e-4)
+    assert (r.token_confidence[r.mask == 0] == 0).all() and sampler(name)(PROMPTS, 1).token_confidence is None
+
+
+def test_a_stop_string_ends_a_response_with_the_token_that_completes_it():
+    free, r = (sampler(max_new_tokens=16, stop=stop)(PROMPTS, 32, seed=2) for stop in ([], ["-4", "0"]))
+    for whole, text, ids, mask, cut, all_cut in zip(sum(free.text, []), sum(r.text, []), r.response_ids.flatten(0, 1), r.mask.flatten(0, 1), r.truncated.flatten(), free.truncated.flatten()):
+        ends = [whole.index(s) + len(s) for s in ("-4", "0") if s in whole]
+        assert text == whole[:min(ends)] if ends else text == whole
+        assert cut == (all_cut and not ends) and (not ends or tokenizer.decode(ids[mask.sum() - 1]) == text[-1])
+    assert {t[-1] for t in sum(r.text, []) if t} >= {"4", "0"} and 0 < r.truncated.float().mean() < 1
+
+
+def test_mismatch_and_correction_by_hand():
+    r = sampler()(PROMPTS[:1], 2)
+    mask = torch.tensor([[[1, 1, 1], [1, 0, 0]]])
+    r = replace(r, response_ids=mask, mask=mask, logp=torch.tensor([[[-1., -2., -3.], [-1., 0., 0.]]]))
+    own = torch.tensor([[[-1.1, -2., -2.], [-1.2, 0., 0.]]])
+    found, d = mismatch(r, own), [-.1, 0., 1., -.2]
+    assert found == pytest.approx({"mismatch": 1.3 / 4, "mismatch_kl": sum(math.exp(x) - 1 - x for x in d) / 4, "mismatch_max": math.e, "mismatch_lpm": (.9 / 3 + .2) / 2}, abs=1e-6)
+    c = corrected(r, own, cap=2.)
+    torch.testing.assert_close(c.weight, torch.tensor([[[math.exp(-.1), 1., 2.], [math.exp(-.2), 0., 0.]]]))
+    assert c.logp.equal(own) and c.old_logp.equal(own) and c.response_ids.equal(r.response_ids) and r.weight is None
+    with pytest.raises(ValueError, match="cap"): corrected(r, own, cap=0)
+    warm = replace(r, temperature=.5, tempered_logp=r.logp * 2)
+    with pytest.raises(ValueError, match="own_tempered"): corrected(warm, own, cap=2.)
+    c = corrected(warm, own, 2., own_tempered=own * 2)
+    torch.testing.assert_close(c.weight[0, 1, 0], torch.tensor(math.exp(-.4)))
+    assert c.logp.equal(own) and c.old_logp.equal(own * 2)
+
+
+def test_a_capped_weight_loses_what_theory_says():
+    "The mean of min(w, c) f under the sampler falls short of that of the policy by the sum of (π − c μ)₊ f."
+    r = sampler(max_new_tokens=1)(["3+8="], 4000, seed=0)
+    with torch.no_grad():
+        own = rollout_logps(model_of("qwen2"), r)
+        ask = tokenizer(["3+8="], return_tensors="pt").input_ids
+        mu, pi = (model_of(name)(ask).logits[0, -1].double().softmax(-1) for name in ("llama", "qwen2"))
+    f = torch.arange(V).double()
+    for cap in (1., 3., 100.):
+        w = corrected(r, own, cap).weight.flatten().double()
+        x = w * f[r.response_ids.flatten()]
+        want = (pi * f).sum() - ((pi - cap * mu).clamp(min=0) * f).sum()
+        assert abs(x.mean() - want) < 5 * x.std() / len(x)**.5
+    assert (pi / mu).max() > 3
 
 
 @each_model
