@@ -5,17 +5,18 @@ The arms: `settings` samples the base model on a seed that is not reported and f
 evaluation. Each writes FOLDER/ARM-SEED (FOLDER: nbs/data/smollm2): config.json, log.csv, evals.csv, responses-STEP.jsonl.gz. Same
 seed, same questions in the same order. One thread a process; run arms side by side.
 """
-import argparse, gzip, json, math, platform, random, shlex, sys, time
-from dataclasses import asdict
+import argparse, gzip, json, math, os, platform, random, shlex, sys, time
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from transformers import DynamicCache
 
 import capo.train
 from capo.compare import commit, new_folder
 from capo.evaluate import evaluate
-from capo.logprob import _positions, chunked_logps
+from capo.logprob import chunked_logps
 from capo.mask import quantile_thresholds
 from capo.recipe import capo as capo_recipe, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
@@ -25,23 +26,50 @@ from smollm2 import FOLDER as MODEL, SHA256
 from smollm2_tasks import DATA, load, problems, questions
 
 TASK, WAY, HELD_OUT_SEED, TRAIN_SEED = "sums and products of 1 digit", "1 example, sentence", 2, 1
-EVALUATE_SEED, SAMPLE_ROWS = 10_000, 256
+EVALUATE_SEED, CACHE = 10_000, 2**14 # of the evaluations' draws; tokens in the key–value cache
 
 
-def shared_prefix_logps(model, rollouts, temperature=1.0):
-    """`capo.rollout.rollout_logps` with each prompt computed once for its G responses: the same numbers and gradients, fewer tokens.
+class Frugal:
+    """`capo.rollout.rollout_logps` for a recipe, without what is computed twice or for nothing; the update is the same to rounding.
 
-    A prompt here is six times as long as a response, so this is what makes the runs affordable on a CPU."""
-    r, (B, G, T) = rollouts, rollouts.response_ids.shape
-    out = model(input_ids=r.prompt_ids, attention_mask=r.prompt_mask, use_cache=True, logits_to_keep=1, **_positions(model, r.prompt_mask))
-    cache, logits = out.past_key_values, out.logits.repeat_interleave(G, 0)
-    ids, mask = r.response_ids.flatten(0, 1), r.mask.flatten(0, 1)
-    if T > 1:
-        cache.batch_repeat_interleave(G)
-        seen = torch.cat([r.prompt_mask.repeat_interleave(G, 0), mask[:, :-1]], 1)
-        position = {k: v[:, 1 - T:] for k, v in _positions(model, seen).items()}
-        logits = torch.cat([logits, model(input_ids=ids[:, :-1], attention_mask=seen, past_key_values=cache, use_cache=True, **position).logits], 1)
-    return chunked_logps(logits, ids, temperature).where(mask.bool(), 0).view(B, G, T)
+    What all prompts begin with is computed once, each prompt's own end once for its G responses, the responses in two parts by
+    length, and with gradients only those that teach something: where the advantage is 0, so is the gradient, and the sampler's
+    log-probabilities do. A prompt here is five times as long as a response, and this is what makes the runs affordable on a CPU."""
+    def __init__(self, recipe): self.inner, self.teaching = recipe, None
+
+    def recipe(self):
+        def advantage(r, step):
+            A = self.inner.advantage(r, step)
+            self.teaching = A.flatten().nonzero()[:, 0]
+            return A
+        return replace(self.inner, advantage=advantage)
+
+    def __call__(self, model, r, temperature=1.0):
+        (B, G, T), P = r.response_ids.shape, r.prompt_ids.shape[1]
+        every = torch.arange(B * G)
+        rows = self.teaching if torch.is_grad_enabled() and len(self.teaching) else every
+        prompts = [i[m.bool()].tolist() for i, m in zip(r.prompt_ids, r.prompt_mask)]
+        k = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+        head = model(input_ids=torch.tensor([prompts[0][:k]]), use_cache=True, logits_to_keep=1).past_key_values
+        head.batch_repeat_interleave(B)
+        w = max(map(len, prompts)) - k
+        tail, tail_mask = r.prompt_ids[:, -w:], r.prompt_mask[:, -w:].clone()
+        for m, x in zip(tail_mask, prompts): m[:w - len(x) + k] = 0                       # the head has been seen
+        seen = torch.cat([torch.ones(B, k, dtype=tail_mask.dtype), tail_mask], 1)
+        out = model(input_ids=tail, attention_mask=seen, position_ids=(seen.cumsum(1) - 1)[:, -w:], past_key_values=head, use_cache=True, logits_to_keep=1)
+        ids, mask, logp = r.response_ids.flatten(0, 1), r.mask.flatten(0, 1), r.old_logp.flatten(0, 1).clone()
+        length = mask.sum(1)[rows]
+        for part in (rows[length <= length.float().mean()], rows[length > length.float().mean()]):
+            if not len(part): continue
+            n, q = int(mask[part].sum(1).max()), part // G
+            cache = DynamicCache([(layer.keys[q], layer.values[q]) for layer in out.past_key_values.layers])
+            logits = [out.logits[q]]
+            if n > 1:
+                now = torch.cat([seen[q], mask[part, :n - 1]], 1)
+                logits.append(model(input_ids=ids[part, :n - 1], attention_mask=now, position_ids=(now.cumsum(1) - 1)[:, 1 - n:].clamp(min=0), past_key_values=cache, use_cache=True).logits)
+            found = chunked_logps(torch.cat(logits, 1), ids[part, :n], temperature).where(mask[part, :n].bool(), 0)
+            logp = logp.index_put((part[:, None], torch.arange(n)), found)
+        return logp.view(B, G, T)
 
 
 def data(tokenizer, held_out):
@@ -104,7 +132,7 @@ if __name__ == "__main__":
         "Held-out numbers, on the way with half the samples; before training they are those of the arm `base`, which samples with the same seed."
         if step == 0 and a.arm != "base": return {}
         began, n = time.perf_counter(), a.samples if step in (0, a.steps) else a.samples // 2
-        r = rollout(HFSampler(policy, tokenizer, a.config.max_new_tokens, rows=SAMPLE_ROWS), asked, n, verify, seed=EVALUATE_SEED + a.seed)
+        r = rollout(HFSampler(policy, tokenizer, a.config.max_new_tokens, tokens=CACHE), asked, n, verify, seed=EVALUATE_SEED + a.seed)
         save(folder/f"responses-{step}.jsonl.gz", r, [(q, p.answer) for q, p in zip(kept, asked)])
         row = {"step": step, "samples": n} | evaluate(r)
         evals(row | {"seconds": time.perf_counter() - began})
@@ -113,15 +141,16 @@ if __name__ == "__main__":
 
     if a.arm == "settings":
         chosen = random.Random(a.seed).sample(range(len(pool)), 64)
-        r = rollout(HFSampler(model, tokenizer, a.config.max_new_tokens, rows=SAMPLE_ROWS), [pool[i] for i in chosen], 8, verify, seed=a.seed)
+        r = rollout(HFSampler(model, tokenizer, a.config.max_new_tokens, tokens=CACHE), [pool[i] for i in chosen], 8, verify, seed=a.seed)
         save(folder/"responses-0.jsonl.gz", r, [(pool[i].prompt, pool[i].answer) for i in chosen])
         found = settings(r)
         (a.out/"settings.json").write_text(json.dumps({"seed": a.seed} | found, indent=1) + "\n")
         print(found)
     elif a.arm == "base": watch(model, 0)
     else:
-        capo.train.rollout_logps, steps = shared_prefix_logps, CSVLog(folder/"log.csv")
-        result = train(model, tokenizer, pool, recipe(a.arm, about.get("settings")), evaluate=watch, config=a.config, folder=folder,
+        capo.train.rollout_logps = frugal = Frugal(recipe(a.arm, about.get("settings")))
+        steps = CSVLog(folder/"log.csv")
+        result = train(model, tokenizer, pool, frugal.recipe(), evaluate=watch, config=a.config, folder=folder,
                        log=lambda row: (steps(row), print({k: round(v, 4) for k, v in row.items()}, flush=True)))
         # tokens that were computed with gradients and sampled, over the seconds of the steps alone
         tokens = sum(row["length"] for row in result.rows) * a.config.questions * a.config.group_size

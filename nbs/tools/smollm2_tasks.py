@@ -88,7 +88,7 @@ if __name__ == "__main__":
     log = CSVLog(a.out)
     for task, way in CANDIDATES:
         start, ps = time.perf_counter(), problems(tokenizer, task, way, a.questions, seed=1)
-        r = rollout(HFSampler(model, tokenizer, 24, rows=128), ps, 8, verify, seed=1)
+        r = rollout(HFSampler(model, tokenizer, 24, tokens=2**13), ps, 8, verify, seed=1)
         e = evaluate(r)
         log({"task": task, "way": way, "questions": len(ps), "accuracy": e["accuracy"], "mixed": e["mixed_questions"] / len(ps), "auc_mean": e["auc_mean"], "lpm": e["lpm"],
              "length": e["length"], "truncated": e["truncated"], "prompt": r.prompt_mask.sum(1).float().mean().item(), "seconds": time.perf_counter() - start})
