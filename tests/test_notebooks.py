@@ -13,6 +13,8 @@ SECONDS = {
     "04_advantage.ipynb": 180,
     "05_mask.ipynb": 180,
     "06_misalignment.ipynb": 300,
+    "08_vote.ipynb": 180,
+    "09_selective.ipynb": 180,
     "10_task.ipynb": 180,
     "11_rollout.ipynb": 180,
     "12_evaluate.ipynb": 180,
