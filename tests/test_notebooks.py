@@ -13,8 +13,12 @@ SECONDS = {
     "04_advantage.ipynb": 180,
     "05_mask.ipynb": 180,
     "06_misalignment.ipynb": 300,
+<<<<<<< HEAD
     "08_vote.ipynb": 180,
     "09_selective.ipynb": 180,
+=======
+    "07_answer.ipynb": 180,
+>>>>>>> answers
     "10_task.ipynb": 180,
     "11_rollout.ipynb": 180,
     "12_evaluate.ipynb": 180,
