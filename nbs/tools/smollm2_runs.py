@@ -32,7 +32,7 @@ EVALUATE_SEED, CACHE = 10_000, 2**14 # of the evaluations' draws; tokens in the 
 class Frugal:
     """`capo.rollout.rollout_logps` for a recipe, without what is computed twice or for nothing; the update is the same to rounding.
 
-    What all prompts begin with is computed once, each prompt's own end once for its G responses, the responses in two parts by
+    What all prompts begin with (at least one token) is computed once, each prompt's own end once for its G responses, the responses in two parts by
     length, and with gradients only those that teach something: where the advantage is 0, so is the gradient, and the sampler's
     log-probabilities do. A prompt here is five times as long as a response, and this is what makes the runs affordable on a CPU."""
     def __init__(self, recipe): self.inner, self.teaching = recipe, None
