@@ -57,14 +57,14 @@ def at_threshold(
     answered = score.cpu().double() >= threshold
     return answered.double().mean().item(), correct.cpu()[answered].double().mean().item()
 
-# %% ../nbs/09_selective.ipynb #19f423c4
+# %% ../nbs/09_selective.ipynb #f54a8576
 def _binomial_tail(
     n: int,     # trials
     r: int,     # successes at least
     p: float,   # chance of each
 ) -> float:
     "P(Bin(n, p) ≥ r)."
-    if r <= 0: return 1.
+    if r <= 0 or r > n: return float(r <= 0)
     j = torch.arange(r, n + 1, dtype=torch.float64)
     choose = torch.lgamma(torch.tensor(n + 1., dtype=torch.float64)) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
     return (choose + j * torch.tensor(p, dtype=torch.float64).log() + torch.special.xlog1py(n - j, torch.tensor(-p, dtype=torch.float64))).logsumexp(0).exp().item()
