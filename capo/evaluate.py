@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CHECKS', 'Statistic', 'Ranked', 'NUMBERS', 'STYLE', 'SERIES', 'LINES', 'EXPLAINED', 'Source', 'accuracy', 'Responses',
            'response_rows', 'response_lines', 'write_responses', 'shorten', 'read_responses', 'as_responses',
-           'evaluate', 'bootstrap', 'resamples', 'ratio', 'mean_of', 'ranked', 'weighted_auc', 'halves', 'size_of',
-           'mean_over', 'correlation', 'weighted_ece', 'weighted_area', 'weighted_prr', 'statistics', 'Estimate',
+           'evaluate', 'bootstrap', 'resamples', 'ratio', 'mean_of', 'ranked', 'weighted_auc', 'mean_over',
+           'correlation', 'weighted_ece', 'weighted_area', 'weighted_prr', 'size_of', 'statistics', 'Estimate',
            'estimate', 'Assessment', 'counts', 'assess', 'Comparison', 'paired', 'visible', 'Code', 'Number',
            'in_markdown', 'in_html', 'Block', 'Heading', 'Paragraph', 'Table', 'Picture', 'Example', 'Report', 'plain',
            'png', 'panels', 'draw_risk', 'draw_auc', 'draw_confidence', 'curves_of', 'label', 'draw_votes', 'examples',
            'about', 'unavailable', 'named', 'report', 'batch_seed', 'cut_to_batches', 'collect']
 
-# %% ../nbs/12_evaluate.ipynb #db2637f8
+# %% ../nbs/12_evaluate.ipynb #e2be7f91
 import base64, gzip, hashlib, html, io, json, math, os, re, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +26,7 @@ from torch import Tensor
 from .answer import extract_answer, group_answers, math_verify, same_answer
 from .calibration import auc_mean, check_groups, group_auc, group_index, pair_auc, pooled_auc
 from .rollout import Rollouts, Sampler, rollout
-from .selective import area, brier, ece, precision_coverage, prr, threshold_for
+from .selective import precision_coverage, prr, split_questions, threshold_for
 from .task import Problem
 from .vote import bottom_confidence, deepconf, majority_vote, most_confident, pass_at_k, perplexity_consistency, rpc, vote_curve
 
@@ -169,7 +169,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "id": _id, "sample": _count, "prompt": _text, "response": _text, "answer": _text, "reference": _text, "correct": _flag, "lpm": _number, "logps": _numbers,
     "token_confidence": _confidence, "length": _count, "truncated": _flag}
 
-# %% ../nbs/12_evaluate.ipynb #c907c030
+# %% ../nbs/12_evaluate.ipynb #41fa66a1
 def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
     "The known fields of one row, with one type each; `ValueError` with the reason if it cannot be used."
     out: dict[str, Any] = {}
@@ -182,6 +182,7 @@ def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
     if out.get("length") == 0: out.pop("lpm", None)                          # an empty response: it is there, and has no confidence
     elif "lpm" not in out: raise ValueError("it has neither lpm nor logps")
     if out.get("lpm", 0) > 1e-4: raise ValueError(f"lpm must be a mean of log-probabilities, at most 0; it is {out['lpm']:g}")
+    if "lpm" in out: out["lpm"] = min(0., out["lpm"])                        # rounding
     if "correct" not in out and "reference" not in out: raise ValueError("it has neither correct nor reference")
     if "correct" not in out and not {"answer", "response"} & row.keys(): raise ValueError("it has a reference and no answer or response to compare with it")
     if "answer" not in out: out["answer"] = extract_answer(out["response"]) if "response" in out and "answer" not in row else None
@@ -353,28 +354,7 @@ def weighted_auc(
         return ((right[:, 1:] + right[:, :-1]) / 2 * wrong.diff(dim=1)).sum(1) / (right[:, -1] * wrong[:, -1])
     return value
 
-# %% ../nbs/12_evaluate.ipynb #9e14ac25
-NUMBERS = {
-    "accuracy": "accuracy, mean of n", "pass_at_n": "any of n is right, pass@n", "majority": "majority of n", "most_confident": "most confident of n",
-    "perplexity_consistency": "Perplexity Consistency of n", "rpc": "RPC of n", "deepconf": "DeepConf of n",
-    "auc_mean": "AUC-mean", "pooled_auc": "AUC, pooled", "brevity_auc": "AUC-mean of brevity alone",
-    "coverage_area": "precision–coverage area", "prr": "PRR", "coverage": "coverage at the threshold", "precision": "precision at the threshold",
-    "ece": "ECE of exp(lpm)", "brier": "Brier score of exp(lpm)", "lpm": "lpm, nats a token", "length": "tokens a response",
-    "length_correlation": "correlation of length and lpm", "truncated": "truncated"}
-
-def halves(
-    ids: Sequence[str], # of the questions
-) -> Bool[Tensor, "2 B"]:
-    "Two halves of the questions by a hash of their ids, whatever their order."
-    order = sorted(range(len(ids)), key=lambda i: hashlib.sha256(ids[i].encode("utf-8", "replace")).digest())
-    first = torch.zeros(len(ids), dtype=torch.bool).index_fill(0, torch.tensor(order[:len(order) // 2], dtype=torch.long), True)
-    return torch.stack([first, ~first])
-
-def size_of(r: Responses) -> int:
-    "The n of pass@n: the responses that a question has, the median where questions differ."
-    return max(1, int(r.valid.sum(1).median()))
-
-# %% ../nbs/12_evaluate.ipynb #c018ac7e
+# %% ../nbs/12_evaluate.ipynb #39a7a44a
 def mean_over(
     x: Shaped[Tensor, "B G"],  # of each response
     among: Bool[Tensor, "B G"], # the responses that count
@@ -400,10 +380,10 @@ def weighted_ece(
     p: Float[Tensor, "B G"],       # probability of being right
     correct: Bool[Tensor, "B G"],
     among: Bool[Tensor, "B G"],    # the responses that count
-    bins: int = 10,                # of equal width
+    bins: int = 15,                # of equal width, closed on the right
 ) -> Statistic:
     "Expected calibration error: |share right − mean p| in each bin, weighted by its responses."
-    inside = F.one_hot((p * bins).long().clamp(0, bins - 1), bins).double() * among[..., None]
+    inside = F.one_hot(torch.bucketize(p, torch.arange(1, bins, dtype=p.dtype) / bins), bins).double() * among[..., None]
     gap, count = (inside * (correct.double() - p)[..., None]).sum(1), inside.sum((1, 2))
     return lambda w: (w @ gap).abs().sum(1) / (w @ count)
 
@@ -430,16 +410,31 @@ def weighted_prr(
         return (area(w) - right / every) / (oracle - right / every)
     return value
 
-# %% ../nbs/12_evaluate.ipynb #4aabc238
+# %% ../nbs/12_evaluate.ipynb #b821e772
+NUMBERS = {
+    "accuracy": "accuracy, mean of n", "pass_at_n": "any of n is right, pass@n", "majority": "majority of n", "most_confident": "most confident of n",
+    "perplexity_consistency": "Perplexity Consistency of n", "rpc": "RPC of n", "deepconf": "DeepConf of n",
+    "auc_mean": "AUC-mean", "pooled_auc": "AUC, pooled", "brevity_auc": "AUC-mean of brevity alone",
+    "coverage_area": "precision–coverage area", "prr": "PRR", "coverage": "coverage at the threshold", "precision": "precision at the threshold",
+    "ece": "ECE of exp(lpm)", "brier": "Brier score of exp(lpm)", "lpm": "lpm, nats a token", "length": "tokens a response",
+    "length_correlation": "correlation of length and lpm", "truncated": "truncated"}
+
+def size_of(r: Responses) -> int:
+    "The n of pass@n: the responses that a question has, the median where questions differ."
+    return max(1, int(r.valid.sum(1).median()))
+
+# %% ../nbs/12_evaluate.ipynb #04ced601
 def statistics(
     r: Responses,            # graded
     precision: float = 0.9,  # to ask of the responses above a threshold
 ) -> tuple[dict[str, Statistic | str], float]:
-    "Each of `NUMBERS` as a statistic, or why there is none; and the threshold on lpm, chosen on the first half of the questions; nan: none."
+    "Each of `NUMBERS` as a statistic, or why there is none; and the threshold on lpm, chosen on one half of the questions and checked on the other; inf if there is none."
     s, c, v, p = r.lpm, r.correct, r.valid, r.lpm.exp()
-    points, (choose, check) = ranked(s, c, v), halves(r.id)[..., None] & v
-    threshold = threshold_for(s[choose], c[choose], precision) if choose.any() else math.nan
+    points, first = ranked(s, c, v), split_questions(r.id) if len(r) > 1 else torch.zeros(len(r), dtype=torch.bool)
+    choose, check = first[:, None] & v, ~first[:, None] & v
+    threshold = threshold_for(s[choose], c[choose], precision)
     above = check & (s >= threshold)
+    lost = "" if above.any() else "no response of the other half is above the threshold" if math.isfinite(threshold) else f"no threshold reaches {precision:g} on half of the questions"
     one_class = "all responses are right" if c[v].all() else "all responses are wrong" if not c[v].any() else ""
     silent = "" if (r.group >= 0).any() else "no response has an answer to vote for"
     length, known = (r.length, v & r.length.isfinite()) if r.length is not None else (s, v & False)
@@ -453,13 +448,13 @@ def statistics(
         "auc_mean": one_class or mean_of(group_auc(s, c, v)), "pooled_auc": one_class or weighted_auc(points),
         "brevity_auc": one_class or unknown or mean_of(group_auc(-length, c, known)),
         "coverage_area": weighted_area(points), "prr": one_class or weighted_prr(points),
-        "coverage": mean_over(above, check), "precision": mean_over(c, above) if above.any() else f"no threshold chosen on half of the questions reaches {precision:g}",
+        "coverage": mean_over(above, check), "precision": lost or mean_over(c, above),
         "ece": weighted_ece(p, c, v), "brier": mean_over((p - c.double()) ** 2, v), "lpm": mean_over(s, v),
         "length": unknown or mean_over(length, known), "length_correlation": unknown or correlation(length, s, known),
         "truncated": "the responses come without it" if r.truncated is None else mean_over(r.truncated, v)}
     return {key: found[key] for key in NUMBERS}, threshold
 
-# %% ../nbs/12_evaluate.ipynb #c85ef29d
+# %% ../nbs/12_evaluate.ipynb #c709f310
 @dataclass(frozen=True)
 class Estimate:
     "A number with its interval; nan, with the reason, where there is none."
@@ -488,7 +483,7 @@ class Assessment:
     statistics: Mapping[str, Statistic | str] # behind the numbers
     numbers: Mapping[str, Estimate]           # each of `NUMBERS`
     counts: Mapping[str, int]                 # of questions and responses, and of what was left out
-    threshold: float                          # lpm from which on the first half of the questions has the required precision
+    threshold: float                          # lpm from which on one half of the questions has the required precision
     precision: float                          # that was required
     level: float                              # of the intervals
     def __getitem__(self, key: str) -> Estimate: return self.numbers[key]
@@ -771,8 +766,8 @@ def examples(
         found.setdefault((r.id[q], r.text[q][i] or str(answer)), Example(about, r.prompt[q], r.text[q][i]))
     return list(found.values())
 
-# %% ../nbs/12_evaluate.ipynb #4bbbaa76
-EXPLAINED = ("Each number stands with its interval under resampling of questions. A lone right or wrong class has no AUC: such questions are skipped. ECE and Brier score take exp(lpm) "
+# %% ../nbs/12_evaluate.ipynb #e3661531
+EXPLAINED = ("Each number stands with its interval under resampling of questions; at the threshold, with the threshold as given. A question whose responses are all right or all wrong has no AUC and is skipped. ECE and Brier score take exp(lpm) "
              "for a probability of being right, which it is not: it is a probability per token, and any monotone change of it moves them while it leaves every choice made by ranking "
              "as it was; so they mean less here than AUC does. Length confounds confidence: where brevity alone ranks as well as lpm, lpm may be saying no more than that.")
 

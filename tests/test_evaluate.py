@@ -4,11 +4,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
-from capo.evaluate import (NUMBERS, Responses, accuracy, assess, bootstrap, correlation, counts, estimate, evaluate, halves, mean_of, mean_over, most_confident, paired, ranked, ratio,
+from capo.evaluate import (NUMBERS, Responses, accuracy, assess, bootstrap, correlation, counts, estimate, evaluate, mean_of, mean_over, most_confident, paired, ranked, ratio,
                            resamples, size_of, statistics, weighted_area, weighted_auc, weighted_ece, weighted_prr)
 from capo.rollout import Rollouts
+from capo.selective import area, brier, ece, prr, split_questions
 from test_calibration import groups, same, shuffle, sklearn_auc
 
 
@@ -114,6 +115,7 @@ def area_by_hand(score, correct):
     return total / len(pairs)
 
 
+@settings(max_examples=15)
 @given(groups(B=5, G=6), st.lists(st.integers(0, 3), min_size=5, max_size=5), st.integers(0, 99))
 def test_a_weight_is_that_many_copies(case, weights, seed):
     lpm, correct, valid = case
@@ -144,10 +146,9 @@ def test_every_pooled_number_against_a_plain_one(case):
     by_hand, best = area_by_hand(s.tolist(), c.tolist()), area_by_hand(c.tolist(), c.tolist())
     same(one(weighted_area(points), B), by_hand, 1e-9)
     if 0 < right < 1: same(one(weighted_prr(points), B), (by_hand - right) / (best - right), 1e-9)
-    p = s.exp()
-    bins = [[i for i in range(len(p)) if min(9, int(p[i] * 10)) == b] for b in range(10)]
-    same(one(weighted_ece(r.lpm.exp(), r.correct, valid), B), sum(abs((c[i].double() - p[i]).sum().item()) for i in bins) / len(p), 1e-9)
-    same(one(mean_over((r.lpm.exp() - r.correct.double()) ** 2, valid), B), ((p - c.double()) ** 2).mean().item(), 1e-9)
+    same(one(weighted_area(points), B), area(s, c), 1e-9); same(one(weighted_prr(points), B), prr(s, c), 1e-9)
+    same(one(weighted_ece(r.lpm.exp(), r.correct, valid), B), ece(s.exp(), c), 1e-9)
+    same(one(mean_over((r.lpm.exp() - r.correct.double()) ** 2, valid), B), brier(s.exp(), c), 1e-9)
 
 
 def test_prr_by_hand():
@@ -177,7 +178,8 @@ def test_the_threshold_is_chosen_on_one_half_and_checked_on_the_other():
     g = torch.Generator().manual_seed(0)
     lpm = -torch.rand(B, G, generator=g).double()
     r = responses(lpm, torch.rand(B, G, generator=g) < lpm.exp() ** 2, torch.ones(B, G).bool())
-    a, (choose, check) = assess(r, n=50, precision=.7), halves(r.id)
+    a, choose = assess(r, n=50, precision=.7), split_questions(r.id)
+    check = ~choose
     kept = r.lpm[choose] >= a.threshold
     assert choose.sum() == check.sum() == 20 and not (choose & check).any()
     assert r.correct[choose][kept].double().mean() >= .7
