@@ -23,6 +23,8 @@ SECONDS = {
     "14_train.ipynb": 300,
     "16_compare.ipynb": 300,
     "20_tiny_lm.ipynb": 300,
+    "21_smollm2.ipynb": 180,
+    "22_qwen.ipynb": 180,
     "40_cli.ipynb": 300,
     "index.ipynb": 180,
 }
