@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +19,17 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
-import capo.train
+import capo.train as training
 from capo.recipe import capo, grpo
 from capo.rollout import HFSampler
 from capo.train import (Broken, Checkpoints, CheckpointFailed, CSVLog, NonFiniteLoss, RunConfig, TrainConfig, Validation, damage, read_settings, run,
                         saved_settings, settings, train)
 from test_train import has_a_seven, model, problems, tokenizer
+
+tqdm.set_lock(threading.RLock())                                                    # its own is shared with children, and dies with one that holds it
+tqdm.monitor_interval = 0
 
 TINY = TrainConfig(steps=6, questions=4, group_size=4, lr=1e-2, save_every=2, eval_every=2, keep=2)
 SHORT = dict(model="tiny", data="arithmetic", steps=4, questions=4, group_size=4, save_every=1, eval_every=2, method="grpo", verify_seconds=0.)
@@ -124,7 +129,7 @@ def test_a_run_killed_inside_a_checkpoint_keeps_the_one_before(whole, at, tmp_pa
         return g
 
     def child():
-        capo.train.sync, Path.replace, shutil.rmtree = map(deadly, (capo.train.sync, Path.replace, shutil.rmtree))
+        training.sync, Path.replace, shutil.rmtree = map(deadly, (training.sync, Path.replace, shutil.rmtree))
         def second(self, step, fill):
             if step == 4: seen.append(1)
             return save(self, step, fill)
@@ -265,7 +270,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         os.setgid(65534); os.setuid(65534)
         said = []
         for out in (tmp_path / "theirs", tmp_path / "theirs" / "new"):
-            try: capo.train.claim(out, settings(RunConfig, SHORT), False)
+            try: training.claim(out, settings(RunConfig, SHORT), False)
             except OSError as e: said.append(str(e))
         return 0 if all(s == f"{o} cannot be written: Permission denied" for s, o in zip(said, (tmp_path / "theirs", tmp_path / "theirs" / "new"), strict=True)) else 3
 
@@ -370,7 +375,7 @@ def test_a_broken_run_names_its_last_checkpoint(tmp_path, monkeypatch):
         seen.append(step)
         if step == 3: raise NonFiniteLoss("the loss of step 3 is nan")
 
-    monkeypatch.setattr(capo.train, "check_update", bad)
+    monkeypatch.setattr(training, "check_update", bad)
     out = tmp_path / "run"
     with pytest.raises(NonFiniteLoss) as e: run(settings(RunConfig, SHORT), out)
     assert str(e.value) == f"the loss of step 3 is nan; the last checkpoint is {out / 'checkpoint-000002'}, go on by: capo train --resume {out}"
@@ -379,10 +384,10 @@ def test_a_broken_run_names_its_last_checkpoint(tmp_path, monkeypatch):
 def test_the_generators_go_on_where_they_were():
     draw = lambda: [random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn(), torch.rand(1).item()]
     random.gauss(0, 1); numpy.random.randn()                                        # each keeps a second normal number for the next call
-    state = capo.train.random_state()
+    state = training.random_state()
     first = draw()
     assert draw() != first
-    capo.train.set_random_state(state)
+    training.set_random_state(state)
     assert draw() == first
 
 
