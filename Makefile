@@ -14,7 +14,7 @@ test: $(READY)       # everything, each notebook included
 	$(BIN)/pytest
 
 test-vllm: $(VLLM_READY) # vLLM on a CPU, in an environment of its own: its tests, and the cells marked vllm
-	cd nbs && VLLM_LOGGING_LEVEL=ERROR ../$(VLLM)/python -m pytest ../tests/vllm
+	cd nbs && VLLM_LOGGING_LEVEL=ERROR ../$(VLLM)/python -m pytest ../tests/with_vllm
 	cd nbs && for nb in $$(grep -l '#| vllm' *.ipynb); do ../$(VLLM)/nbdev_test --path $$nb --flags vllm || exit 1; done
 
 notebooks: export    # execute and save them all, or those in NB="nbs/00_calibration.ipynb ..."

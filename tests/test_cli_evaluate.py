@@ -53,7 +53,7 @@ def test_from_a_model_to_a_report(capsys):
     assert r.id == [str(i) for i in range(10)] and r.valid.sum() == 30 and r.refused == 0 and r.prompt == [p.prompt for p in PROBLEMS]
     assert r.correct.tolist() == [[verify(t, p.answer) for t in ts] for ts, p in zip(r.text, PROBLEMS)]
     accuracy = json.loads(Path("out/summary.json").read_text())["sets"]["out"]["numbers"]["accuracy"]["value"]
-    assert f"| accuracy, mean of n           | {accuracy:.3f} " in said and "out/report.html" in said and "10 questions of sums.jsonl, 3 responses each by base" in said
+    assert f"| accuracy, mean of n           | {accuracy:.3f} " in said and "out/report.html" in said and "10 questions of sums.jsonl, 3 responses each by tiny" in said
     about = json.loads(Path("out/config.json").read_text())
     assert about["run"]["n"] == 3 and about["run"]["questions"] == 10 and about["made_with"]["command"].startswith("capo evaluate --model tiny")
 

@@ -222,7 +222,7 @@ def test_a_capped_weight_loses_what_theory_says():
 def test_responses_come_as_often_as_they_are_probable(name, temperature):
     "All responses of up to two tokens, within five standard errors and one response."
     n, model = 6000, model_of(name)
-    r = sampler(name, max_new_tokens=2, temperature=temperature, rows=n)(["3+8="], n, seed=0)
+    r = sampler(name, max_new_tokens=2, temperature=temperature)(["3+8="], n, seed=0)
     drawn = torch.zeros(V, V).index_put_(tuple(r.response_ids[0].T), torch.tensor(1.), accumulate=True)
     prompt = torch.tensor(tokenizer("3+8=").input_ids)
     with torch.no_grad():
