@@ -970,7 +970,7 @@ def run(
     sampler = VLLMSampler(config.model, tokenizer, config.max_new_tokens, config.temperature, lora_rank=config.lora_rank) if config.vllm else None
     log = evaluation = None
     if first: claim(out, config, resume)
-    with tqdm(total=config.steps, desc=config.method, disable=not first) as bar:
+    with tqdm(total=config.steps, desc=config.method, disable=None if first else True) as bar: # None: only on a terminal
         if first:
             more = LOGS[config.log](out) if config.log else lambda row: None
             log = Logs(CSVLog(out / "log.csv", resume), more, partial(show, bar), more=machine)
@@ -1001,5 +1001,6 @@ def loading(
 ) -> str:
     "Lines that load the trained model elsewhere."
     if not config.lora_rank: return (f'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{policy}")\n\nvllm serve {policy}')
+    base = json.loads((policy / "adapter_config.json").read_text())["base_model_name_or_path"]
     return (f'from peft import AutoPeftModelForCausalLM\nmodel = AutoPeftModelForCausalLM.from_pretrained("{policy}")\n\n'
-            f"vllm serve {config.model} --enable-lora --max-lora-rank {config.lora_rank} --lora-modules capo={policy}")
+            f"vllm serve {base} --enable-lora --max-lora-rank {config.lora_rank} --lora-modules capo={policy}")
