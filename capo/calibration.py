@@ -53,7 +53,7 @@ def auc(
     values of `correct` other than 0 and 1."""
     score, correct, _ = check_groups(score, correct, axes=1)
     score, correct = score.cpu().double(), correct.cpu()
-    right, wrong = score[correct], score[~correct].sort().values
+    right, wrong = score[correct].sort().values, score[~correct].sort().values
     if not len(right) or not len(wrong): return float("nan")
     wins = sum(torch.searchsorted(wrong, right, right=side).sum().item() for side in (False, True))
     return wins / (2 * len(right) * len(wrong))

@@ -8,7 +8,7 @@ __all__ = ['TAU', 'REF_LOW', 'REF_HIGH', 'STATISTICS', 'ROWS', 'COLOURS', 'arms'
            'over_seeds', 'mixed_in_all', 'summarise', 'at_accuracy', 'equal_accuracy', 'table', 'draw']
 
 # %% ../nbs/16_compare.ipynb #ffd885ae
-import gzip, json, math, multiprocessing, os, platform, shutil, subprocess
+import json, math, multiprocessing, os, platform, shutil, subprocess
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 import capo as _capo
 from .calibration import auc_mean, group_auc, pair_auc, pooled_auc
-from .evaluate import accuracy, bootstrap, evaluate, most_confident
+from .evaluate import accuracy, bootstrap, evaluate, most_confident, response_rows, write_responses
 from .logprob import mean_logp
 from .recipe import Recipe, capo, grpo, grpo_size
 from .rollout import HFSampler, Rollouts, rollout, rollout_logps
-from .task import arithmetic, arithmetic_tokenizer, calibrated_teacher, pretrain, tiny_lm, verify
+from .task import arithmetic, arithmetic_tokenizer, calibrated_teacher, last_number, pretrain, tiny_lm, verify
 from .train import CSVLog, TrainConfig, train
 
 # %% ../nbs/16_compare.ipynb #fdf51335
@@ -80,12 +80,8 @@ class Job:
 
 # %% ../nbs/16_compare.ipynb #23c151ba
 def save_responses(path: Path, r: Rollouts, questions: Sequence) -> None:
-    "One JSON line a response, gzipped: question id, prompt, response, reference answer, correct, lpm."
-    with gzip.GzipFile(path, "wb", mtime=0) as f:
-        for q, p in enumerate(questions):
-            for text, right, lpm in zip(r.text[q], r.reward[q].tolist(), r.lpm[q].tolist()):
-                row = {"id": q, "prompt": p.prompt, "response": text, "answer": p.answer, "correct": int(right), "lpm": round(lpm, 6)}
-                f.write((json.dumps(row) + "\n").encode())
+    "The file of responses that `capo.evaluate` reads, gzipped."
+    write_responses(path, response_rows(r, questions, last_number))
 
 # %% ../nbs/16_compare.ipynb #40ad9b9c
 def run_job(job: Job) -> dict[str, Any]:

@@ -7,7 +7,7 @@ __all__ = ['Sampler', 'Rollouts', 'rollout_logps', 'splitmix', 'uniforms', 'draw
            'rollout', 'corrected', 'mismatch', 'VLLMSampler']
 
 # %% ../nbs/11_rollout.ipynb #ab0e3d18
-import tempfile
+import shutil, tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -293,6 +293,7 @@ class VLLMSampler:
         **engine: Any,             # options of vllm.LLM: dtype, max_model_len, gpu_memory_utilization, enforce_eager, …
     ):
         _check_options(max_new_tokens, temperature, top_k, stop)
+        if not 0 <= lora_rank <= 512: raise ValueError(f"lora_rank must be from 0 to 512; it is {lora_rank}")
         try: from vllm import LLM
         except ModuleNotFoundError as e: raise ImportError('VLLMSampler needs vLLM: pip install "capo-rl[vllm]"') from e
         from transformers import AutoTokenizer
@@ -312,8 +313,10 @@ class VLLMSampler:
         if self.lora_rank:
             from vllm.lora.request import LoRARequest
             policy.save_pretrained(path, save_embedding_layers=False)
-            if old: self.llm.llm_engine.remove_lora(old.lora_int_id)
             self.adapter = LoRARequest(f"policy-{number}", number, path)
+            if old:
+                self.llm.llm_engine.remove_lora(old.lora_int_id)
+                shutil.rmtree(old.lora_path)
             self.llm.llm_engine.add_lora(self.adapter)
         else:
             policy.save_pretrained(path)

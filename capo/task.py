@@ -6,11 +6,12 @@
 __all__ = ['Fact', 'FACTS', 'DATASETS', 'FORMATS', 'PROMPTS', 'INSTRUCTION', 'Problem', 'last_number', 'verify', 'running_totals',
            'arithmetic', 'Teacher', 'calibrated_teacher', 'systematic_teacher', 'arithmetic_tokenizer', 'tiny_lm',
            'corpus_batch', 'pretrain', 'base_model', 'Source', 'after_hashes', 'listed', 'problem_of', 'problems_of',
-           'unknown', 'generated_problems', 'table', 'load_problems', 'with_template']
+           'unknown', 'generated_problems', 'table', 'load_problems', 'with_template', 'load_tokenizer', 'load_model',
+           'prompts_for']
 
 # %% ../nbs/10_task.ipynb #32c03199
-import difflib, math, random, re, reprlib, warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import difflib, json, math, random, re, reprlib, warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -343,3 +344,50 @@ def with_template(
         chat = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).removeprefix(start or "")
     return [replace(p, prompt=render(p.prompt)) for p in problems]
+
+# %% ../nbs/10_task.ipynb #66b6b23f
+def _loaded(kind: Any, name: str, **options: Any) -> Any:
+    "`from_pretrained`, with errors of one sentence."
+    try: return kind.from_pretrained(name, **options)
+    except Exception as e:                                 # libraries raise whatever they like here
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{name} cannot be loaded: {why}") from None
+
+def load_tokenizer(
+    name: str,                 # a folder, a name on the hub, a folder with a LoRA adapter, or `tiny`
+    remote_code: bool = False, # run code that comes with it
+) -> Any:
+    "The tokenizer of a model; `ValueError` with one sentence if there is none."
+    from transformers import AutoConfig, AutoTokenizer
+    adapter = Path(name) / "adapter_config.json"
+    if name[:1] in (".", "/") and not Path(name).is_dir(): raise ValueError(f"there is no folder {name}")
+    if name == "tiny": return arithmetic_tokenizer()
+    if adapter.is_file() and not (Path(name) / "tokenizer_config.json").is_file(): return load_tokenizer(json.loads(adapter.read_text())["base_model_name_or_path"], remote_code)
+    if not adapter.is_file() and _loaded(AutoConfig, name, trust_remote_code=remote_code).vocab_size == len(arithmetic_tokenizer()): return arithmetic_tokenizer()
+    tokenizer = _loaded(AutoTokenizer, name, trust_remote_code=remote_code)
+    if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+def load_model(
+    name: str,                 # a folder, a name on the hub, a folder with a LoRA adapter, or `tiny`
+    dtype: str = "auto",       # float32, bfloat16 or float16; auto: as it was saved
+    remote_code: bool = False, # run code that comes with it
+) -> Any:
+    "A causal LM in eval mode, on the GPU if there is one; `ValueError` with one sentence if it cannot be loaded."
+    from transformers import AutoModelForCausalLM
+    if name == "tiny": return base_model()[0]
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    return _loaded(AutoModelForCausalLM, name, dtype=kind, trust_remote_code=remote_code).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+# %% ../nbs/10_task.ipynb #4c838d66
+def prompts_for(
+    problems: Sequence[Problem],  # bare questions
+    tokenizer: Any,               # of the model
+    chat: bool | None = None,     # use the chat template; None: if there is one
+    system: str | None = None,    # system prompt
+    instruction: str | None = None, # after the question; None: `INSTRUCTION`, nothing for the small model
+) -> list[Problem]:
+    "The problems with prompts as the model expects them."
+    small = len(tokenizer) == len(arithmetic_tokenizer())
+    chat = bool(tokenizer.chat_template) if chat is None else chat
+    return with_template(problems, tokenizer if chat else None, system, INSTRUCTION if instruction is None and not small else instruction)

@@ -859,7 +859,7 @@ class RunConfig(TrainConfig):
     validation: str = ""           # problems to evaluate on, likewise; none by default
     validation_size: int = 240     # how many of them at most
     validation_samples: int = 8    # responses to each
-    chat: bool = False             # put the prompts into the tokenizer's chat template
+    chat: bool | None = None       # put the prompts into the tokenizer's chat template; by default if it has one
     system: str = ""               # system prompt
     instruction: str = task.INSTRUCTION # goes after each question; empty: nothing
     method: str = "capo"           # capo or grpo
@@ -903,20 +903,14 @@ def prompted(
 ) -> list[Problem]:
     "The problems as the model reads them; a chain of sums is read as it is."
     if config.data == "arithmetic": return problems
-    return task.with_template(problems, tokenizer if config.chat else None, config.system or None, config.instruction or None)
+    return task.prompts_for(problems, tokenizer, config.chat, config.system or None, config.instruction)
 
 def load(
     config: RunConfig, # model, precision, whether remote code may run
 ) -> tuple[Any, Any]:
     "Model and tokenizer by name. Raises `ValueError` in a sentence if they cannot be loaded."
-    if config.model == "tiny": return task.base_model()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=DTYPES[config.dtype] or "auto", trust_remote_code=config.trust_remote_code, use_safetensors=True)
-    except (OSError, ValueError) as e: raise ValueError(f"the model {config.model} cannot be loaded: {str(e).strip().splitlines()[0]}") from None
-    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    tokenizer = task.load_tokenizer(config.model, config.trust_remote_code)
+    return task.load_model(config.model, config.dtype, config.trust_remote_code), tokenizer
 
 # %% ../nbs/14_train.ipynb #25314225
 class Validation:

@@ -95,8 +95,8 @@ def test_the_responses_are_those_that_the_last_evaluation_scored(done):
     for arm in ("grpo", "capo"):
         both = [responses(folder / f"{arm}-{seed}" / "responses.jsonl.gz") for seed in (0, 3)]
         for found in both:
-            assert [(x["id"], x["prompt"], x["answer"]) for x in found] == [(q, p.prompt, p.answer) for q, p in enumerate(questions) for _ in range(4)]
-            assert all(x["correct"] == verify(x["response"], x["answer"]) for x in found)         # none of these is truncated
+            assert [(x["id"], x["prompt"], x["reference"]) for x in found] == [(q, p.prompt, p.answer) for q, p in enumerate(questions) for _ in range(4)]
+            assert all(x["correct"] == verify(x["response"], x["reference"]) for x in found)         # none of these is truncated
         base = responses(folder / "base-0.jsonl.gz")
         assert sum(x["correct"] for x in base) / 48 == pytest.approx(summary["final"]["base"]["accuracy"]["by_seed"][0]) and base != both[0]
         final, right = summary["final"][arm], [sum(x["correct"] for x in found) / 48 for found in both]

@@ -14,6 +14,8 @@ SECONDS = {
     "05_mask.ipynb": 180,
     "06_misalignment.ipynb": 300,
     "07_answer.ipynb": 180,
+    "08_vote.ipynb": 180,
+    "09_selective.ipynb": 180,
     "10_task.ipynb": 180,
     "11_rollout.ipynb": 180,
     "12_evaluate.ipynb": 180,
@@ -21,6 +23,8 @@ SECONDS = {
     "14_train.ipynb": 300,
     "16_compare.ipynb": 300,
     "20_tiny_lm.ipynb": 300,
+    "21_smollm2.ipynb": 180,
+    "22_qwen.ipynb": 180,
     "40_cli.ipynb": 300,
     "index.ipynb": 180,
 }

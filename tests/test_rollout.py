@@ -222,7 +222,7 @@ def test_a_capped_weight_loses_what_theory_says():
 def test_responses_come_as_often_as_they_are_probable(name, temperature):
     "All responses of up to two tokens, within five standard errors and one response."
     n, model = 6000, model_of(name)
-    r = sampler(name, max_new_tokens=2, temperature=temperature, rows=n)(["3+8="], n, seed=0)
+    r = sampler(name, max_new_tokens=2, temperature=temperature)(["3+8="], n, seed=0)
     drawn = torch.zeros(V, V).index_put_(tuple(r.response_ids[0].T), torch.tensor(1.), accumulate=True)
     prompt = torch.tensor(tokenizer("3+8=").input_ids)
     with torch.no_grad():
@@ -299,6 +299,7 @@ def test_grading_gives_each_response_to_the_verifier_with_its_own_answer():
 def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r'needs vLLM: pip install "capo-rl\[vllm\]"'): VLLMSampler("anywhere", tokenizer)
+    with pytest.raises(ValueError, match="lora_rank must be from 0 to 512; it is 513"): VLLMSampler("anywhere", tokenizer, lora_rank=513)
 
 
 def test_a_share_of_the_questions_has_the_draws_of_the_whole():

@@ -69,7 +69,8 @@ def test_log_probs_follow_the_adapter(lora):
         same(r, policy)
         assert r.text != base.text
         with torch.no_grad(), policy.disable_adapter(): assert mismatch(r, rollout_logps(policy, r))["mismatch"] > .1
-        assert lora.llm.llm_engine.list_loras() == {lora.adapter.lora_int_id}      # the old ones are gone
+        assert set(lora.llm.llm_engine.list_loras()) == {lora.adapter.lora_int_id}
+        assert [p.name for p in Path(lora.folder.name).iterdir()] == [str(lora.adapter.lora_int_id)]   # the old ones are gone
     assert lora.adapter.lora_int_id == 3
 
 

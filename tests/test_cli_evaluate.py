@@ -1,0 +1,242 @@
+"`capo evaluate` and `capo report`: what they do from end to end, after a kill, and with bad input."
+import json
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import capo.evaluate as lib
+from capo import cli
+from capo.cli import fingerprint, main, same_run
+from capo.task import load_model, load_tokenizer, prompts_for
+from capo.evaluate import read_responses
+from capo.task import INSTRUCTION, Problem, arithmetic, arithmetic_tokenizer, base_model, tiny_lm, verify
+
+PROBLEMS = arithmetic(10, seed=4, distinct=True)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    "An empty folder with ten sums."
+    monkeypatch.chdir(tmp_path)
+    Path("sums.jsonl").write_text("".join(json.dumps({"question": p.prompt, "answer": p.answer}) + "\n" for p in PROBLEMS))
+    return tmp_path
+
+
+RUN = ["evaluate", "--model", "tiny", "--data", "sums.jsonl", "-n", "3", "--batch", "2", "--max-new-tokens", "12", "--out", "out"]
+
+
+def complaint(capsys, *argv, code=2):
+    "The one sentence on stderr."
+    capsys.readouterr()
+    assert main(list(argv)) == code
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("capo: ")
+    return said[6:]
+
+
+def files(): return sorted(str(p) for p in Path().rglob("*") if p.is_file() and p.name != "sums.jsonl")
+
+
+REPORT = ["auc.png", "confidence.png", "report.html", "report.md", "risk_coverage.png", "summary.json", "votes.png"]
+
+
+def test_from_a_model_to_a_report(capsys):
+    assert main(RUN) == 0
+    said = capsys.readouterr().out
+    assert sorted(p.name for p in Path("out").iterdir()) == sorted(["config.json", "responses.jsonl", *REPORT])
+    r = read_responses("out/responses.jsonl")
+    assert r.id == [str(i) for i in range(10)] and r.valid.sum() == 30 and r.refused == 0 and r.prompt == [p.prompt for p in PROBLEMS]
+    assert r.correct.tolist() == [[verify(t, p.answer) for t in ts] for ts, p in zip(r.text, PROBLEMS)]
+    accuracy = json.loads(Path("out/summary.json").read_text())["sets"]["out"]["numbers"]["accuracy"]["value"]
+    assert f"| accuracy, mean of n           | {accuracy:.3f} " in said and "out/report.html" in said and "10 questions of sums.jsonl, 3 responses each by tiny" in said
+    about = json.loads(Path("out/config.json").read_text())
+    assert about["run"]["n"] == 3 and about["run"]["questions"] == 10 and about["made_with"]["command"].startswith("capo evaluate --model tiny")
+
+
+def test_a_finished_run_is_not_sampled_again(capsys, monkeypatch):
+    assert main(RUN) == 0
+    before = {p: Path(p).read_bytes() for p in files()}
+    monkeypatch.setattr(cli.HFSampler, "__call__", lambda *a: pytest.fail("it was sampled again"))
+    assert main(RUN) == 0 and {p: Path(p).read_bytes() for p in files()} == before
+
+
+def child(kill_at):
+    "The run in a process of its own, which may kill itself in the middle of a batch."
+    if kill_at is not None:
+        calls, lines = [], lib.response_lines
+        def torn(rows):
+            calls.append(1)
+            data = lines(rows)
+            return data[:len(data) * 2 // 3] if len(calls) == kill_at else data
+        def die(fd):
+            if len(calls) == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+        lib.response_lines, os.fsync = torn, die
+    os._exit(main(RUN))
+
+
+def finish(kill_at=None, seconds=None):
+    "Starts the run; kills it after so many seconds unless it ends before. Its exit code, negative if it was killed."
+    p = multiprocessing.get_context("fork").Process(target=child, args=(kill_at,))
+    p.start()
+    p.join(seconds)
+    if p.is_alive(): p.kill()
+    p.join()
+    return p.exitcode
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "The file of an uninterrupted run."
+    before, folder = Path.cwd(), tmp_path_factory.mktemp("whole")
+    os.chdir(folder)
+    Path("sums.jsonl").write_text("".join(json.dumps({"question": p.prompt, "answer": p.answer}) + "\n" for p in PROBLEMS))
+    try:
+        assert finish() == 0
+        return Path("out/responses.jsonl").read_bytes()
+    finally: os.chdir(before)
+
+
+def test_a_run_killed_inside_every_batch_ends_up_the_same(whole):
+    for k in range(1, 6):
+        assert finish(1 + (k > 1)) == -signal.SIGKILL     # the second batch that it writes, the first the first time
+        data = Path("out/responses.jsonl").read_bytes()
+        assert whole.startswith(data) and not data.endswith(b"\n")
+    assert finish() == 0 and Path("out/responses.jsonl").read_bytes() == whole
+
+
+def test_a_run_killed_at_random_moments_ends_up_the_same(whole):
+    rng = random.Random(0)
+    for _ in range(6):
+        assert finish(seconds=rng.uniform(0, 1.5)) in (0, -signal.SIGKILL)
+        if Path("out/responses.jsonl").exists(): assert whole.startswith(Path("out/responses.jsonl").read_bytes())
+    assert finish() == 0 and Path("out/responses.jsonl").read_bytes() == whole
+
+
+def test_another_run_is_named_by_its_differences_and_left_alone(capsys):
+    assert main(RUN) == 0
+    before = {p: Path(p).read_bytes() for p in files()}
+    said = complaint(capsys, *RUN, "--seed", "1", "--temperature", "0.5")
+    assert said == "out holds another run, its seed was 0 and is 1; its temperature was 1.0 and is 0.5; name a new folder"
+    Path("sums.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n' * 10)
+    assert "its prompts and answers was " in complaint(capsys, *RUN)
+    Path("sums.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
+    assert "its questions was 10 and is 1" in complaint(capsys, *RUN)
+    assert {p: Path(p).read_bytes() for p in files()} == before
+
+
+def test_weights_that_changed_under_the_same_name_are_noticed(capsys):
+    tiny_lm(16, 1, 2).save_pretrained("m")
+    run = [*RUN[:2], "m", *RUN[3:]]
+    assert main(run) == 0
+    tiny_lm(16, 1, 2, seed=1).save_pretrained("m")
+    assert "its weights was " in complaint(capsys, *run)
+
+
+@pytest.mark.parametrize("content", ["x", '{"run": 3}', "[]", "{}"])
+def test_a_folder_with_something_else_is_left_alone(capsys, content):
+    Path("out").mkdir()
+    Path("out/config.json").write_text(content)
+    assert complaint(capsys, *RUN) == "out holds another run; name a new folder" and files() == ["out/config.json"]
+    Path("out/config.json").rename("out/notes")
+    assert complaint(capsys, *RUN) == "out holds another run; name a new folder" and files() == ["out/notes"]
+
+
+def test_a_kill_before_the_first_response_leaves_no_obstacle():
+    Path("out").mkdir()
+    Path("out/config.json.part").write_text("{")
+    assert same_run("out", {"a": 1}, {}) == Path("out") and files() == ["out/config.json"]
+    assert same_run("out", {"a": 1}, {"other": 1}) == Path("out")
+
+
+BAD = {"-n 0": "n must be at least 1; it is 0", "--batch 0": "batch must be", "--max-new-tokens 0": "max-new-tokens must", "--temperature 0": "temperature must be a positive number", "--temperature nan": "temperature must",
+       "--precision 90": "precision must lie", "--data none.jsonl": "there is no file none.jsonl", "--model ./none": "there is no folder ./none", "--model none": "none cannot be loaded: ", "--questions 0": "n must be at least 1",
+       "--chat": "no chat template", "--answer-column x": "no column 'x'"}
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_bad_values_give_one_sentence_and_no_file(options, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert BAD[options] in complaint(capsys, *RUN, *options.split()) and files() == []
+
+
+@pytest.mark.parametrize("command", ["evaluate", "evaluate --model tiny", "report", "evaluate --model tiny --data x --dtype int8", "report x --n 3"])
+def test_missing_and_unknown_options_stop_with_2(command, capsys):
+    with pytest.raises(SystemExit) as stop: main(command.split())
+    assert stop.value.code == 2 and "usage: capo" in capsys.readouterr().err and files() == []
+
+
+def test_an_interrupted_run_says_so(monkeypatch, capsys):
+    def stop(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(cli.HFSampler, "__call__", stop)
+    assert "interrupted" in complaint(capsys, *RUN, code=130) and Path("out/responses.jsonl").read_bytes() == b""
+
+
+def test_a_lora_adapter_is_loaded_with_its_base(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    tiny_lm(16, 1, 2).save_pretrained("m")
+    from transformers import AutoModelForCausalLM
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained("m"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    tuned.save_pretrained("adapter")
+    x = torch.tensor([[2, 3, 4]])
+    assert torch.allclose(load_model("adapter")(x).logits, tuned(x).logits, atol=1e-5)
+    assert not torch.allclose(load_model("m")(x).logits, tuned(x).logits, atol=1e-3)
+    assert len(load_tokenizer("adapter")) == 16 and fingerprint("adapter") != fingerprint("m") and fingerprint("none") is None
+    assert main(["evaluate", "--model", "adapter", "--data", "sums.jsonl", "-n", "2", "--max-new-tokens", "4", "--out", "out"]) == 0
+
+
+def test_prompts_are_what_the_model_expects():
+    p = [Problem("1+1=", "2")]
+    small, chatty = arithmetic_tokenizer(), arithmetic_tokenizer()
+    assert prompts_for(p, small) == p
+    chatty.add_tokens(["<user>"])
+    assert prompts_for(p, chatty)[0].prompt == f"1+1=\n{INSTRUCTION}"
+    chatty.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert prompts_for(p, chatty, system="Be brief.", instruction="Go.")[0].prompt == "<system>Be brief.<user>1+1=\nGo."
+    assert prompts_for(p, chatty, chat=False, instruction="")[0].prompt == "1+1="
+
+
+# The report.
+
+def recorded(path, n=3, flip=False, extra=""):
+    rows = [{"id": q, "response": f"{q}", "correct": int((q + g) % 2 == flip), "lpm": -.1 - g / 10} for q in range(5) for g in range(n)]
+    Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows) + extra)
+
+
+def test_a_report_of_two_files(capsys):
+    recorded("a.jsonl"); recorded("b.jsonl", flip=True)
+    assert main(["report", "a.jsonl", "b.jsonl", "--out", "new/folder", "--resamples", "20"]) == 0
+    said = capsys.readouterr().out
+    assert sorted(p.name for p in Path("new/folder").iterdir()) == REPORT and "minus the first" in said and "new/folder/report.html" in said and "`a`" in said
+
+
+def test_a_report_of_a_file_with_flaws(capsys):
+    recorded("a.jsonl", extra='{"id": 1}\nx\n')
+    assert main(["report", "a.jsonl", "--resamples", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "a.jsonl, line 16: it has neither lpm nor logps" in said and "Lines that could not be used: 2." in said and "runs/report-" in said
+
+
+@pytest.mark.parametrize("content, words", [("", "there is no response in a.jsonl: it is empty"), ("x\n", "none of its 1 lines can be used; the first: a.jsonl, line 1: it is not JSON"), (None, "there is no file a.jsonl")])
+def test_a_report_of_nothing_is_a_sentence(capsys, content, words):
+    if content is not None: Path("a.jsonl").write_text(content)
+    assert words in complaint(capsys, "report", "a.jsonl", "--out", "out") and not Path("out").exists()
+
+
+def test_bad_options_of_a_report(capsys):
+    recorded("a.jsonl")
+    for options, words in (("--resamples 0", "n must be at least 1"), ("--precision 2", "precision must lie"), ("a.jsonl", "different files"), ("--out a.jsonl", "another run")):
+        assert words in complaint(capsys, "report", "a.jsonl", *options.split())
+    assert files() == ["a.jsonl"]
+
+
+def test_what_vllm_cannot_do_is_said(capsys, monkeypatch):
+    assert "vLLM takes a whole model" in complaint(capsys, *RUN, "--vllm") and files() == []
+    tiny_lm(16, 1, 2).save_pretrained("m")
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    assert 'pip install "capo-rl[vllm]"' in complaint(capsys, *RUN[:2], "m", *RUN[3:], "--vllm") and not Path("out").exists()
