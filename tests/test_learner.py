@@ -10,7 +10,7 @@ from capo import cli
 from capo.grpo import clipped_loss, kl_penalty
 from capo.recipe import Recipe, capo, grpo, grpo_size
 from capo.rollout import HFSampler, rollout, rollout_logps
-from capo.train import (Checkpoints, Learner, Logs, RunConfig, TensorBoardLog, TrainConfig, accumulate, batches, cut_by_tokens, learning_rate, parts, prepare, read_settings,
+from capo.train import (LOGS, Checkpoints, Learner, Logs, RunConfig, TensorBoardLog, TrainConfig, accumulate, batches, cut_by_tokens, learning_rate, parts, prepare, read_settings,
                         reference_logps, score, settings, together, train)
 from test_train import has_a_seven, model, problems, run, small, tokenizer, weights
 
@@ -187,11 +187,12 @@ def test_tensorboard_gets_every_number(tmp_path):
     assert {"reward", "loss", "twice", "auc_mean"} <= set(events.Tags()["scalars"]) and [e.step for e in events.Scalars("reward")] == [1, 2, 3]
 
 
-def test_wandb_offline_and_trackio(tmp_path, monkeypatch):
-    from capo.train import trackio_log, wandb_log
-    pytest.importorskip("wandb"); pytest.importorskip("trackio")
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_other_logs_where_they_are_installed(name, tmp_path, monkeypatch):
+    pytest.importorskip(name)
     monkeypatch.setenv("WANDB_MODE", "offline"); monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    for log in (wandb_log(tmp_path), trackio_log(tmp_path)): log({"step": 1, "reward": .5})
+    LOGS[name](tmp_path)({"step": 1, "reward": .5})
+    assert any(p.is_file() for p in tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "run.json"])
@@ -200,7 +201,7 @@ def test_settings_come_from_files_and_options_go_over_them(name, tmp_path, monke
     seen = []
     monkeypatch.setattr(cli, "run", lambda config, out, resume, accept: seen.append((config, out, resume, accept)) or train_result())
     assert cli.main(["train", "--config", str(tmp_path / name), "--steps", "9", "--recompute", "--no-chat", "--ref-low", "1.5", "--out", "there"]) == 0
-    assert seen == [(RunConfig(model="tiny", data="arithmetic", lr=1e-4, steps=9, recompute=True, ref_low=1.5), "there", False, False)]
+    assert seen == [(RunConfig(model="tiny", data="arithmetic", lr=1e-4, steps=9, recompute=True, chat=False, ref_low=1.5), "there", False, False)]
 
 
 def train_result():
