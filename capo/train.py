@@ -388,7 +388,7 @@ def accumulate(
         A = advantage[mine].flatten()[rows]
         with recomputing(policy): logp = rollout_logps(policy, part, part.temperature).flatten(0, 1)
         old, mask = part.old_logp.flatten(0, 1), part.mask.flatten(0, 1)
-        loss = recipe.loss(logp, old, A, mask, *weights_of(part)) * (recipe.count(mask) / recipe.count(whole))
+        loss = recipe.loss(logp, old, A, mask, **weights_of(part)) * (recipe.count(mask) / recipe.count(whole))
         kl = loss.new_zeros(())
         if config.kl and part.ref_logp is not None: kl = kl_penalty(logp, part.ref_logp.flatten(0, 1), mask) * (len(mask) / len(whole))
         (loss + config.kl * kl if config.kl else loss).backward()
@@ -399,9 +399,9 @@ def accumulate(
     add_up(sums, *learner.gradients())
     return dict(zip(("loss", "clipped", "ratio", "kl"), (sums[0].item(), (sums[1] / sums[2].clamp(min=1)).item(), (sums[3] / sums[4].clamp(min=1)).item(), sums[5].item())))
 
-def weights_of(r: Rollouts) -> list[Tensor]:
+def weights_of(r: Rollouts) -> dict[str, Tensor]:
     "The importance weights of the tokens as an argument of the loss, if there are any."
-    return [] if r.weight is None else [r.weight.flatten(0, 1)]
+    return {} if r.weight is None else {"weight": r.weight.flatten(0, 1)}
 
 # %% ../nbs/14_train.ipynb #be0d9c8f
 def learning_rate(
