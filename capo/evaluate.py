@@ -745,7 +745,7 @@ def draw_votes(of: Mapping[str, Responses]) -> Picture:
     for ax, (name, r) in zip(axes, of.items()):
         for vote, (n, y) in curves_of(r).items(): ax.plot(n, y, label=vote, **LINES[vote])
         ax.set(xlabel="responses that vote", ylabel="accuracy", title=label(name))
-    axes[0].legend(fontsize=7)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return Picture("votes", png(fig), "Accuracy of votes against the number of responses, expected over which ones are taken.")
 
 # %% ../nbs/12_evaluate.ipynb #f5242815

@@ -57,7 +57,7 @@ class TrainConfig:
     weight_decay: float = 0.0  # of AdamW
     grad_clip: float = 1.0     # largest norm of a gradient
     kl: float = 0.0            # weight of the divergence from the reference model; the paper has none
-    importance_cap: float = 0.0 # largest importance weight of a token that another engine sampled; 0: no weights
+    importance_cap: float = 2.0 # largest importance weight of a token that another engine sampled; 0: no weights
     max_new_tokens: int = 16   # budget of a response, its EOS included
     temperature: float = 1.0   # of sampling
     token_budget: int = 0      # most tokens in one forward pass of the update, padding included; 0: the whole update at once
@@ -868,6 +868,7 @@ class RunConfig(TrainConfig):
     ref_high: float | None = None  # noise mask: drop right responses above this reference perplexity; by default 2.5 with capo, none with grpo
     scale: str = "paper"           # size of CAPO's advantages: paper, or grpo for GRPO's
     vllm: bool = False             # sample with vLLM instead of transformers
+    vllm_memory: float = 0.4       # share of the GPU's memory for vLLM; the rest is for training
     log: str = ""                  # besides CSV files: tensorboard, wandb or trackio
     trust_remote_code: bool = False # let the model's repository run its own code
 
@@ -877,6 +878,7 @@ class RunConfig(TrainConfig):
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(filter(None, known))}; it is {getattr(self, name)}")
         for name in ("model", "data"):
             if not getattr(self, name): raise ValueError(f"{name} is missing: name one")
+        if not 0 < self.vllm_memory < 1: raise ValueError(f"vllm_memory must lie between 0 and 1; it is {self.vllm_memory}")
         for name in ("validation_size", "validation_samples", "save_every"):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1; it is {getattr(self, name)}")
         self.recipe()                                                              # a method that cannot be made says so now
@@ -967,7 +969,8 @@ def run(
     model, tokenizer = load(config)
     problems, held_out = (prompted(x, config, tokenizer) for x in asked)
     verify = task.verify if config.data == "arithmetic" else math_verify
-    sampler = VLLMSampler(config.model, tokenizer, config.max_new_tokens, config.temperature, lora_rank=config.lora_rank) if config.vllm else None
+    engine = {"gpu_memory_utilization": config.vllm_memory} if torch.cuda.is_available() else {}
+    sampler = VLLMSampler(config.model, tokenizer, config.max_new_tokens, config.temperature, lora_rank=config.lora_rank, **engine) if config.vllm else None
     log = evaluation = None
     if first: claim(out, config, resume)
     with tqdm(total=config.steps, desc=config.method, disable=None if first else True) as bar: # None: only on a terminal
