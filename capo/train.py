@@ -569,7 +569,7 @@ def trackio_log(folder: str | Path) -> Callable[[dict], Any]:
     "Rows to trackio, which keeps them in its own folder (`TRACKIO_DIR`)."
     import trackio
     trackio.init(project="capo", name=Path(folder).name)
-    return lambda row: trackio.log(row, step=row["step"])
+    return lambda row: trackio.log({k: x for k, x in row.items() if k != "step"}, step=row["step"])
 
 LOGS: dict[str, Any] = {"": None, "tensorboard": TensorBoardLog, "wandb": wandb_log, "trackio": trackio_log}
 
@@ -969,7 +969,7 @@ def run(
     model, tokenizer = load(config)
     problems, held_out = (prompted(x, config, tokenizer) for x in asked)
     verify = task.verify if config.data == "arithmetic" else math_verify
-    engine = {"gpu_memory_utilization": config.vllm_memory} if torch.cuda.is_available() else {}
+    engine: dict[str, Any] = {"gpu_memory_utilization": config.vllm_memory} if torch.cuda.is_available() else {}
     sampler = VLLMSampler(config.model, tokenizer, config.max_new_tokens, config.temperature, lora_rank=config.lora_rank, **engine) if config.vllm else None
     log = evaluation = None
     if first: claim(out, config, resume)

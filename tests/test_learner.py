@@ -189,9 +189,10 @@ def test_tensorboard_gets_every_number(tmp_path):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_other_logs_where_they_are_installed(name, tmp_path, monkeypatch):
-    pytest.importorskip(name)
     monkeypatch.setenv("WANDB_MODE", "offline"); monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    module = pytest.importorskip(name)
     LOGS[name](tmp_path)({"step": 1, "reward": .5})
+    module.finish()
     assert any(p.is_file() for p in tmp_path.rglob("*"))
 
 
