@@ -1,7 +1,6 @@
 "The pairwise advantage: autograd as oracle, the invariants, both limits of τ, padding and ragged groups."
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -10,15 +9,12 @@ from capo.advantage import capo_advantage, pairwise_advantage, pairwise_loss
 from capo.calibration import group_auc, group_index
 from capo.grpo import grpo_advantage
 from capo.surrogate import exponential, hinge, linear, logistic
-from test_calibration import groups, shuffle
+from helpers import close, groups, shuffle
 
 PHIS = {linear: lambda t: -t, hinge: lambda t: torch.relu(1 - t), exponential: lambda t: (-t).exp(),
         logistic(.1): lambda t: (1 + (-t / .1).exp()).log(), logistic(.6): lambda t: (1 + (-t / .6).exp()).log()}
 each_phi = pytest.mark.parametrize("phi", PHIS, ids=str)
 phis = st.sampled_from(list(PHIS))
-
-
-def close(a, b, atol=1e-10): np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=atol)
 
 
 def pairs(lpm, correct, valid):

@@ -2,12 +2,7 @@
 
 The import hook of conftest checks shapes with errors of its own, which come first; so this file loads the library
 a second time, under a name that the hook does not know, as a user has it."""
-import importlib
-import importlib.util
 import math
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import jaxtyping
 import pytest
@@ -15,20 +10,9 @@ import torch
 from torch import tensor
 
 from capo.task import Problem, arithmetic, arithmetic_tokenizer, tiny_lm
-from test_calibration import groups  # noqa: F401, so that the hooked library is loaded first
+from helpers import lib, refuses
 
-ROOT = Path(__file__).parents[1]
-MODULES = "calibration surrogate logprob grpo advantage mask task rollout evaluate recipe train compare".split()
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("capo_as_installed", ROOT / "capo" / "__init__.py", submodule_search_locations=[str(ROOT / "capo")])
-    sys.modules["capo_as_installed"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return SimpleNamespace(**{m: importlib.import_module(f"capo_as_installed.{m}") for m in MODULES})
-
-
-lib, tokenizer, problems = load(), arithmetic_tokenizer(), arithmetic(4)
+tokenizer, problems = arithmetic_tokenizer(), arithmetic(4)
 nan, inf, one = math.nan, math.inf, torch.ones
 x, c = tensor([[-1., -2., -3.]]), tensor([[1, 0, 1]])
 TAKES_GROUPS = {"group_auc": lib.calibration.group_auc, "auc_mean": lib.calibration.auc_mean, "pair_auc": lib.calibration.pair_auc,
@@ -37,13 +21,6 @@ TAKES_GROUPS = {"group_auc": lib.calibration.group_auc, "auc_mean": lib.calibrat
                 "pairwise_loss": lambda x, c, **k: lib.advantage.pairwise_loss(x, c, lib.surrogate.linear, **k),
                 "quantile_thresholds": lambda x, c, **k: lib.mask.quantile_thresholds((1 - x).abs(), c, **k)}
 each_of_them = pytest.mark.parametrize("f", TAKES_GROUPS.values(), ids=TAKES_GROUPS)
-
-
-def refuses(call, words, error=ValueError):
-    "The call raises one sentence that holds these words."
-    with pytest.raises(error) as e: call()
-    said = str(e.value)
-    assert words in said and "\n" not in said and len(said) < 250, said
 
 
 def test_the_library_is_loaded_without_the_hook():

@@ -1,32 +1,12 @@
 "AUC against scikit-learn's, and what must not change it."
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from sklearn.metrics import roc_auc_score
 
 from capo.calibration import as_correct, auc, auc_mean, group_auc, group_index, pair_auc, pooled_auc
-
-
-@st.composite
-def groups(draw, B=4, G=7):
-    "Scores `(B, G)` in quarters, so that ties are common; correct; valid."
-    b, g = draw(st.integers(1, B)), draw(st.integers(1, G))
-    table = lambda x: torch.tensor(draw(st.lists(st.lists(x, min_size=g, max_size=g), min_size=b, max_size=b)))
-    return table(st.integers(-12, 0)) / 4, table(st.booleans()), table(st.booleans())
-
-
-def shuffle(n, seed): return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-
-def sklearn_auc(score, correct):
-    "nan where there is one class, of which scikit-learn only warns."
-    return roc_auc_score(correct.numpy(), score.numpy()) if 0 < correct.sum() < len(correct) else math.nan
-
-
-def same(a, b, atol=1e-12): np.testing.assert_allclose(a, b, rtol=0, atol=atol, equal_nan=True)
+from helpers import groups, same, shuffle, sklearn_auc
 
 
 @given(groups(B=1, G=40))

@@ -14,8 +14,8 @@ from capo.compare import REF_HIGH, REF_LOW, TAU, compare
 from capo.recipe import capo, grpo, grpo_size
 from capo.task import pretrain
 from capo.train import NonFiniteLoss
-from test_compare import FAKES, InProcess, summarise
-from test_recipe import rollouts
+from capo.compare import summarise
+from helpers import FAKES, InProcess, rollouts
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from capo import cli
 from capo.cli import fingerprint, main, same_run
 from capo.task import load_model, load_tokenizer, prompts_for
 from capo.evaluate import read_responses
-from capo.task import INSTRUCTION, Problem, arithmetic, arithmetic_tokenizer, base_model, tiny_lm, verify
+from capo.task import INSTRUCTION, Problem, arithmetic, arithmetic_tokenizer, tiny_lm, verify
 
 PROBLEMS = arithmetic(10, seed=4, distinct=True)
 

@@ -18,20 +18,12 @@ from capo.compare import (Job, arms, at_accuracy, compare, draw, equal_accuracy,
 from capo.evaluate import accuracy, most_confident
 from capo.recipe import capo, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
-from capo.task import arithmetic_tokenizer, base_model, calibrated_teacher, tiny_lm, verify
+from capo.task import base_model, calibrated_teacher, tiny_lm, verify
 from capo.train import TrainConfig
-from test_recipe import rollouts
+from helpers import FAKES, InProcess, rollouts
 
 QUICK = TrainConfig(steps=4, questions=8, group_size=4, eval_every=2)
 BASE = str(resources.files("capo") / "base")
-
-
-class InProcess:
-    "Stands for the pool of processes."
-    map = staticmethod(map)
-    def __init__(self, *args): pass
-    def __enter__(self): return self
-    def __exit__(self, *args): pass
 
 
 def quick(folder, **options):
@@ -243,21 +235,6 @@ def test_a_statistic_over_seeds_is_the_mean_of_each_seeds_own():
     s, c = torch.randn(5, 3, 8, generator=g), torch.rand(5, 3, 8, generator=g) < .5
     f = over_seeds(lambda s, c: pooled_auc(s, c))
     assert f(s, c) == pytest.approx(sum(pooled_auc(s[:, i], c[:, i]) for i in range(3)) / 3)
-
-
-def fake(arm, seed):
-    "Six questions of five responses, with evaluations at two steps."
-    g = torch.Generator().manual_seed(10 * seed + len(arm))
-    lpm, reward = -torch.rand(2, 6, 5, generator=g), (torch.rand(2, 6, 5, generator=g) < .5).float()
-    first = torch.Generator().manual_seed(seed)                                                    # the base is the same for each arm
-    lpm[0], reward[0] = -torch.rand(6, 5, generator=first), (torch.rand(6, 5, generator=first) < .5).float()
-    evals = [{"step": step, "accuracy": r.mean().item(), "auc_mean": auc_mean(x, r)[0], "mixed_questions": auc_mean(x, r)[1], "entropy": .1 * seed + step,
-              "rescored_auc": .7, "lpm": x.mean().item(), "length": 4.} for step, x, r in zip((0, 9), lpm, reward)]
-    return {"arm": arm, "seed": seed, "evals": evals, "seconds": seed + 1., "masked": .25, "first": (lpm[0].tolist(), reward[0].tolist()),
-            "last": (lpm[1].tolist(), reward[1].tolist())}
-
-
-FAKES = [fake(arm, seed) for seed in (2, 5) for arm in ("grpo", "capo-x")]
 
 
 def test_the_summary_by_hand():

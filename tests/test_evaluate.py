@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from capo.evaluate import (NUMBERS, Responses, accuracy, assess, bootstrap, correlation, counts, estimate, evaluate, mean_of, mean_over, most_confident, paired, ranked, ratio,
-                           resamples, size_of, statistics, weighted_area, weighted_auc, weighted_ece, weighted_prr)
+from capo.evaluate import (NUMBERS, Responses, accuracy, assess, bootstrap, correlation, counts, estimate, evaluate, mean_of, mean_over, most_confident, paired, ranked, resamples, size_of, statistics, weighted_area, weighted_auc, weighted_ece, weighted_prr)
 from capo.rollout import Rollouts
 from capo.selective import area, brier, ece, prr, split_questions
-from test_calibration import groups, same, shuffle, sklearn_auc
+from helpers import groups, responses, same, shuffle, sklearn_auc, two_runs
 
 
 def mean(x): return sum(x) / len(x) if x else math.nan
@@ -92,15 +91,6 @@ def test_a_wider_level_holds_a_narrower_one():
 
 
 # Everything as a statistic of the weights of the questions.
-
-def responses(lpm, correct, valid, answers=None, **other):
-    "Responses to questions 0, 1, …; the answers of a question are its right or wrong ones unless told."
-    B, G = valid.shape
-    lpm, correct = lpm.double().where(valid, 0), correct.bool() & valid
-    group = (answers if answers is not None else correct.long()).where(valid, -1)
-    return Responses([str(i) for i in range(B)], [""] * B, [None] * B, [[f"{x:.3f}" for x in row] for row in lpm.tolist()], [[str(a) for a in row] for row in group.tolist()], group,
-                     correct, lpm, valid, **other)
-
 
 def one(statistic, B): return statistic(torch.ones(1, B, dtype=torch.float64)).item()
 
@@ -217,13 +207,6 @@ def test_questions_with_fewer_responses():
     assert size_of(r) == 4 and a["pass_at_n"].value == .5 and a["accuracy"].value == pytest.approx((1/4 + 0 + 1) / 3)
     assert (a.counts["fewest"], a.counts["most"], a.counts["mixed"], a.counts["all right"], a.counts["all wrong"]) == (1, 4, 1, 1, 1)
     assert counts(r)["responses"] == 9
-
-
-def two_runs(B=30, G=6):
-    g = torch.Generator().manual_seed(1)
-    hard = torch.rand(B, 1, generator=g)
-    make = lambda better: responses(-torch.rand(B, G, generator=g).double(), torch.rand(B, G, generator=g) < hard * better, torch.ones(B, G).bool())
-    return make(.8), make(1.)
 
 
 def test_a_run_against_itself_does_not_differ():

@@ -24,9 +24,9 @@ from tqdm import tqdm
 import capo.train as training
 from capo.recipe import capo, grpo
 from capo.rollout import HFSampler
-from capo.train import (Broken, Checkpoints, CheckpointFailed, CSVLog, NonFiniteLoss, RunConfig, TrainConfig, Validation, damage, read_settings, run,
-                        saved_settings, settings, train)
-from test_train import has_a_seven, model, problems, tokenizer
+from capo.train import (Broken, Checkpoints, CheckpointFailed, CSVLog, NonFiniteLoss, RunConfig, TrainConfig, Validation, damage, run,
+                        settings, train)
+from helpers import has_a_seven, model, problems, tokenizer
 
 tqdm.set_lock(threading.RLock())                                                    # its own is shared with children, and dies with one that holds it
 tqdm.monitor_interval = 0

@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from capo.calibration import group_index
 from capo.grpo import clip_fraction, clip_range, clipped_loss, grpo_advantage, policy_ratio
-from test_calibration import groups, shuffle
+from helpers import groups, shuffle
 
 EPS = st.one_of(st.floats(0, 1), st.tuples(st.floats(0, 1), st.floats(0, 3)))
 

@@ -10,9 +10,8 @@ from capo import cli
 from capo.grpo import clipped_loss, kl_penalty
 from capo.recipe import Recipe, capo, grpo, grpo_size
 from capo.rollout import HFSampler, rollout, rollout_logps
-from capo.train import (LOGS, Checkpoints, Learner, Logs, RunConfig, TensorBoardLog, TrainConfig, accumulate, batches, cut_by_tokens, learning_rate, parts, prepare, read_settings,
-                        reference_logps, score, settings, together, train)
-from test_train import has_a_seven, model, problems, run, small, tokenizer, weights
+from capo.train import (LOGS, Checkpoints, Learner, Logs, RunConfig, TensorBoardLog, TrainConfig, accumulate, batches, cut_by_tokens, learning_rate, parts, prepare, score, together)
+from helpers import has_a_seven, model, problems, run, small, tokenizer, weights
 
 
 def rollouts(n=6, **options):

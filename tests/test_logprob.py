@@ -1,46 +1,11 @@
 "Token log-probabilities against each model's own loss, for several architectures."
-from functools import cache
 
 import pytest
 import torch
-import transformers as hf
 from hypothesis import given, strategies as st
 
 from capo.logprob import chunked_logps, gather_logps, mean_logp, perplexity, token_logps
-
-V = 16
-
-
-def llama():
-    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                              initializer_range=.5, pad_token_id=0, eos_token_id=1, bos_token_id=None))
-
-
-def gpt2():
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=.5,
-                                            pad_token_id=0, eos_token_id=1, bos_token_id=None))
-
-
-def qwen2():
-    return hf.Qwen2ForCausalLM(hf.Qwen2Config(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                              num_key_value_heads=1, initializer_range=.5, pad_token_id=0, eos_token_id=1, bos_token_id=None))
-
-
-def lora():
-    from peft import LoraConfig, get_peft_model
-    return get_peft_model(llama(), LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"))
-
-
-MODELS = {f.__name__: f for f in (llama, gpt2, qwen2, lora)}
-each_model = pytest.mark.parametrize("name", MODELS)
-
-
-@cache
-def model_of(name):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return MODELS[name]().eval()
-
+from helpers import V, each_model, model_of
 
 def tokens(*shape, seed=0): return torch.randint(2, V, shape, generator=torch.Generator().manual_seed(seed))
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from capo.mask import noise_mask, quantile_thresholds
-from test_calibration import groups
+from helpers import groups
 
 thresholds = st.sampled_from([1, 1.25, 1.5, 2., 2.5, 3.75, math.inf])
 

@@ -10,21 +10,9 @@ from capo.advantage import capo_advantage
 from capo.grpo import clipped_loss, grpo_advantage
 from capo.mask import noise_mask
 from capo.recipe import Recipe, capo, grpo, grpo_size, paper_size
-from capo.rollout import Rollouts
-from test_advantage import close
-from test_calibration import groups
+from helpers import close, groups, rollouts
 
 ALL = dict(ref_low=1, ref_high=math.inf)                                          # thresholds that drop nothing
-
-
-def rollouts(lpm, correct, valid=None, ref_ppl=None):
-    "Responses of two tokens, or of none where not valid, with this lpm and this reference perplexity."
-    (B, G), valid = lpm.shape, torch.ones_like(lpm, dtype=torch.bool) if valid is None else valid
-    mask = valid.long()[..., None].expand(B, G, 2)
-    logp = (lpm.float()[..., None] + torch.tensor([.125, -.125])) * mask
-    ref = None if ref_ppl is None else -ref_ppl.float().log()[..., None] * mask
-    one = torch.ones(B, 1, dtype=torch.long)
-    return Rollouts(one, one, mask, mask, logp, (correct & valid).float(), ~valid, [[""] * G] * B, ref_logp=ref)
 
 
 recipes_under_test = [grpo(), grpo(scale=False), capo(**ALL), capo(.2, scale=grpo_size, **ALL), grpo(ref_low=2., ref_high=3.), capo(.5, 2., 3.)]

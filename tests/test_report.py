@@ -3,14 +3,13 @@ import json
 import math
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 from capo.evaluate import Code, Number, Paragraph, Table, curves_of, draw_confidence, draw_risk, examples, in_html, in_markdown, label, majority_vote, most_confident, named, plain, report, shorten, visible
-from test_evaluate import responses, two_runs
+from helpers import responses, two_runs
 
 EVIL = "<script>alert('9')</script><img src=x onerror=alert(1)> | `a` ``` \n\n# head $x$ \u202e\x00\ud800 **b** &amp; [l](javascript:1) ]]> </pre></article>"
 

@@ -2,14 +2,13 @@
 import gzip
 import json
 import math
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from capo.evaluate import (Responses, as_responses, collect, cut_to_batches, evaluate, read_responses, response_lines, response_rows, write_responses)
+from capo.evaluate import (Responses, as_responses, collect, cut_to_batches, evaluate, read_responses, response_rows, write_responses)
 from capo.rollout import HFSampler, Rollouts, rollout
 from capo.task import Problem, arithmetic, base_model, last_number, verify
 

@@ -12,9 +12,8 @@ from capo.mask import noise_mask
 from capo.recipe import grpo
 from capo.rollout import HFSampler
 from capo.task import arithmetic, arithmetic_tokenizer, tiny_lm
-from capo.train import CSVLog, NonFiniteLoss, TrainConfig, train
-from test_bad_input import lib, refuses
-from test_train import has_a_seven, model, problems, run, small, spying, weights
+from capo.train import CSVLog, NonFiniteLoss, TrainConfig
+from helpers import lib, model, refuses, run, small, spying, weights
 
 tokenizer = arithmetic_tokenizer()
 

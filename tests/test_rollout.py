@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from capo.rollout import HFSampler, Rollouts, VLLMSampler, corrected, draw, grade, mismatch, plan, rollout, rollout_logps, splitmix, uniforms
 from capo.task import Problem, arithmetic_tokenizer
-from test_logprob import V, each_model, model_of
+from helpers import V, each_model, model_of
 
 tokenizer, EOS, PAD = arithmetic_tokenizer(), 1, 0
 PROMPTS = ["1+1=", "2-9+3+3=", "7", "4+4+4+4+4="]

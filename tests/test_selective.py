@@ -2,6 +2,7 @@
 import importlib
 import itertools
 import math
+from math import nan
 
 import numpy as np
 import pytest
@@ -13,8 +14,7 @@ from torch import tensor
 
 from capo.calibration import auc
 from capo.selective import (_binomial_tail, area, at_threshold, brier, coverage_at, ece, precision_bound, precision_coverage, prr, split_questions, threshold_for)
-from test_bad_input import nan, refuses
-from test_calibration import same, shuffle
+from helpers import refuses, same, shuffle
 
 plain = importlib.import_module("capo_as_installed.selective")  # without the hook, as a user has it
 inf = math.inf

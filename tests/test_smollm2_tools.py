@@ -9,7 +9,7 @@ from smollm2_tasks import CANDIDATES, TASKS, WAYS, questions, short, total
 from capo.grpo import clipped_loss
 from capo.recipe import grpo
 from capo.rollout import HFSampler, rollout, rollout_logps
-from capo.task import arithmetic, arithmetic_tokenizer, tiny_lm, verify
+from capo.task import arithmetic, arithmetic_tokenizer, tiny_lm
 
 
 def test_candidates_exist(): assert all(task in TASKS and way in WAYS for task, way in CANDIDATES)

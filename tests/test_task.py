@@ -1,5 +1,5 @@
 "The arithmetic world: its problems, its teachers, its tokenizer, its pages. And problems from elsewhere."
-import gzip, json, random, re, sys
+import gzip, random, re, sys
 
 import pytest
 import torch

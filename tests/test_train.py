@@ -9,32 +9,13 @@ import torch
 
 from capo.recipe import Recipe, capo, grpo, grpo_size
 from capo.rollout import HFSampler, rollout_logps
-from capo.task import arithmetic, arithmetic_tokenizer, tiny_lm
-from capo.train import CSVLog, NonFiniteLoss, TrainConfig, batches, reference_logps, step_stats, train, with_lora
+from capo.train import CSVLog, NonFiniteLoss, TrainConfig, batches, reference_logps, step_stats, with_lora
+from helpers import model, problems, run, small, spying, tokenizer, weights
 
-tokenizer, problems = arithmetic_tokenizer(), arithmetic(40, seed=0)
-small = TrainConfig(steps=3, questions=6, group_size=4, lr=1e-2)
 either = pytest.mark.parametrize("recipe", [grpo(), capo(.5, 1, math.inf, grpo_size)], ids=["grpo", "capo"])
 
 
-def has_a_seven(text, answer): return "7" in text                                # what even a random model does now and then
-
-
-def model():
-    "Random, and not too sure of anything, nor too unsure for an adapter to move it."
-    m = tiny_lm(16, 1, 2)
-    with torch.no_grad(): m.model.embed_tokens.weight.mul_(8)
-    return m
-
-
-def run(recipe=grpo(), config=small, policy=None, **options):
-    return train(policy or model(), tokenizer, problems, recipe, verify=has_a_seven, config=config, **options)
-
-
 def without_time(rows): return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
-def weights(m): return {k: v.detach().clone() for k, v in m.named_parameters()}
 
 
 class Recorder:
@@ -45,21 +26,6 @@ class Recorder:
         r = self.sampler(prompts, n, seed)
         self.calls.append((list(prompts), n, seed, r))
         return r
-
-
-def spying(recipe, loss=None):
-    "The recipe, and the lists of what its advantage and its loss are given."
-    seen, losses = [], []
-
-    def advantage(r, step):
-        seen.append((r, step))
-        return recipe.advantage(r, step)
-
-    def spied(logp, old, A, mask):
-        losses.append((logp.detach(), old, A, mask))
-        return (loss or recipe.loss)(logp, old, A, mask)
-
-    return replace(recipe, advantage=advantage, loss=spied), seen, losses
 
 
 @either
@@ -262,7 +228,7 @@ def test_step_stats_by_counting():
     reward = torch.tensor([[1., 0, 1, 0, 0], [1, 0, 1, 1, 1], [0] * 5])
     r = replace(r, reward=reward, mask=mask, logp=r.logp * mask, ref_logp=r.logp * mask)
     low = high = r.ref_ppl[r.valid].median().item()
-    found, keep, lpm, valid = step_stats(r, grpo(ref_low=low, ref_high=high)), [], r.lpm, r.valid
+    found, lpm, valid = step_stats(r, grpo(ref_low=low, ref_high=high)), r.lpm, r.valid
     right, wrong = (reward == 1) & valid, (reward == 0) & valid
     dropped = torch.where(right, r.ref_ppl > high, r.ref_ppl < low)
     want = {"reward": 6 / 14, "mixed": 1 / 3, "lpm_right": lpm[right].mean(), "lpm_wrong": lpm[wrong].mean(), "entropy": -r.logp.sum() / mask.sum(),

@@ -2,6 +2,7 @@
 import importlib
 import itertools
 import math
+from math import nan
 
 import numpy as np
 import pytest
@@ -12,8 +13,7 @@ from torch import tensor
 
 from capo.vote import (_fit_weibull, _log_weibull, _weibull_mixture, bottom_confidence, deepconf, group_confidence, majority_vote, most_confident,
                        pass_at_k, perplexity_consistency, pruned, rpc, tail_confidence, vote_curve, vote_share, weighted_vote)
-from test_bad_input import nan, refuses
-from test_calibration import groups, same, shuffle
+from helpers import groups, refuses, same, shuffle
 
 plain = importlib.import_module("capo_as_installed.vote")  # without the hook, as a user has it
 
