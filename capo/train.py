@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'DTYPES', 'Settings', 'notice', 'LOGS', 'HARMLESS', 'METHODS', 'SIZES', 'TrainConfig', 'settings',
-           'read_settings', 'with_lora', 'prepare', 'cut_by_tokens', 'select', 'parts', 'score', 'reference_logps',
-           'batches', 'TimeUp', 'within', 'Guarded', 'join', 'processes', 'share', 'exchange', 'add_up', 'together',
-           'collect', 'recomputing', 'accumulate', 'weights_of', 'learning_rate', 'Learner', 'step_stats', 'Broken',
-           'NonFiniteLoss', 'check_update', 'CSVLog', 'sync', 'write_whole', 'TensorBoardLog', 'wandb_log',
-           'trackio_log', 'Logs', 'CheckpointFailed', 'sha256', 'damage', 'Checkpoints', 'random_state',
-           'set_random_state', 'record', 'changes', 'save_run', 'load_run', 'stopping', 'TrainResult', 'begin', 'train',
-           'check_launch', 'RunConfig', 'find', 'prompted', 'load', 'Validation', 'machine', 'claim', 'run', 'show',
-           'saved_settings', 'loading']
+           'read_settings', 'with_lora', 'prepare', 'reference_logps', 'batches', 'TimeUp', 'within', 'Guarded', 'join',
+           'processes', 'share', 'exchange', 'add_up', 'together', 'collect', 'recomputing', 'accumulate', 'weights_of',
+           'learning_rate', 'Learner', 'step_stats', 'Broken', 'NonFiniteLoss', 'check_update', 'CSVLog', 'sync',
+           'write_whole', 'TensorBoardLog', 'wandb_log', 'trackio_log', 'Logs', 'CheckpointFailed', 'sha256', 'damage',
+           'Checkpoints', 'random_state', 'set_random_state', 'record', 'changes', 'save_run', 'load_run', 'stopping',
+           'TrainResult', 'begin', 'train', 'check_launch', 'RunConfig', 'find', 'prompted', 'load', 'Validation',
+           'machine', 'claim', 'run', 'show', 'saved_settings', 'loading']
 
 # %% ../nbs/32_train.ipynb #a54667d1
 import copy, csv, difflib, fcntl, hashlib, json, logging, math, os, random, resource, shutil, signal, sys, threading, time, typing
@@ -34,7 +33,8 @@ from .calibration import auc_mean
 from .evaluate import evaluate
 from .grpo import clip_fraction, kl_penalty, policy_ratio
 from .recipe import Recipe, capo, grpo, grpo_size, paper_size
-from .rollout import HFSampler, Rollouts, Sampler, VLLMSampler, corrected, mismatch, rollout, rollout_logps
+from .rollout import (HFSampler, Rollouts, Sampler, VLLMSampler, corrected, cut_by_tokens, mismatch, parts, rollout,
+                          rollout_logps, score)
 from .task import Problem
 
 # %% ../nbs/32_train.ipynb #5c1d90aa
@@ -155,61 +155,7 @@ def prepare(
     if config.recompute: policy.gradient_checkpointing_enable({"use_reentrant": False})
     return policy.eval()
 
-# %% ../nbs/32_train.ipynb #74a8d3f2
-def cut_by_tokens(
-    prompt: Sequence[int],   # tokens of each row's prompt
-    response: Sequence[int], # and of its response
-    budget: int,             # most tokens in a part, padding included
-) -> list[list[int]]:
-    "Rows in order of falling length, cut into parts; a row that exceeds the budget by itself is a part."
-    out: list[list[int]] = []
-    p = t = 0
-    for i in sorted(range(len(prompt)), key=lambda i: -prompt[i] - response[i]):
-        p, t = max(p, prompt[i]), max(t, response[i])
-        if not out or (len(out[-1]) + 1) * (p + t) > budget: out.append([]); p, t = prompt[i], response[i]
-        out[-1].append(i)
-    return out
-
-def select(
-    r: Rollouts,         # B questions, G responses
-    rows: Sequence[int], # row b · G + g is response g to question b
-) -> Rollouts:
-    "Those responses, as questions with one response each, without padding that none of them needs."
-    B, G, T = r.response_ids.shape
-    index = torch.tensor(rows, device=r.mask.device)
-    P, T = (max(1, int(m.sum(-1).max())) for m in (r.prompt_mask[index // G], r.mask.flatten(0, 1)[index]))
-    def pick(name: str, x: Any) -> Any:
-        if isinstance(x, list): return [[x[i // G][i % G]] for i in rows]
-        if name.startswith("prompt"): return x[index // G, -P:]
-        return x.flatten(0, 1)[index, None][..., :T] if x.ndim == 3 else x.flatten(0, 1)[index, None]
-    return replace(r, **{k: pick(k, v) for k, v in vars(r).items() if isinstance(v, (Tensor, list))})
-
-def parts(
-    r: Rollouts,  # B questions, G responses
-    budget: int,  # most tokens in a part, padding included; 0: no limit
-) -> list[tuple[list[int], Rollouts]]:
-    "The rollouts in parts that stay within the budget, each with its rows; without a limit the rollouts as they are."
-    B, G, _ = r.response_ids.shape
-    if not budget: return [(list(range(B * G)), r)]
-    prompts = r.prompt_mask.sum(-1).repeat_interleave(G).tolist()
-    return [(rows, select(r, rows)) for rows in cut_by_tokens(prompts, r.mask.sum(-1).flatten().tolist(), budget)]
-
-# %% ../nbs/32_train.ipynb #aca7fb5a
-@torch.no_grad()
-def score(
-    model: Any,               # policy or reference
-    r: Rollouts,              # B questions, G responses
-    budget: int = 0,          # most tokens in a forward pass; 0: no limit
-    temperature: float = 1.0, # of the distribution
-) -> Float[Tensor, "B G T"]:
-    "`rollout_logps` without gradient, a part at a time."
-    B, G, T = r.response_ids.shape
-    out = torch.zeros(B * G, T, device=r.mask.device, dtype=r.logp.dtype)
-    for rows, part in parts(r, budget):
-        logp = rollout_logps(model, part, temperature).flatten(0, 1)
-        out[rows, :logp.shape[1]] = logp.to(out.dtype)
-    return out.view(B, G, T)
-
+# %% ../nbs/32_train.ipynb #aca7fb5b
 def reference_logps(
     model: Any,      # the policy, before training
     budget: int = 0, # most tokens in a forward pass; 0: no limit
@@ -358,8 +304,7 @@ def collect(
 
 def _to(r: Rollouts, device: Any) -> Rollouts:
     "The rollouts on a device."
-    moved: dict[str, Any] = {k: v.to(device) for k, v in vars(r).items() if isinstance(v, Tensor)}
-    return replace(r, **moved)
+    return r.map(lambda x: x.to(device))
 
 # %% ../nbs/32_train.ipynb #285aa6ff
 @contextmanager

@@ -18,6 +18,7 @@ SECONDS = {
     "12_rollout.ipynb": 180,
     "20_vote.ipynb": 180,
     "21_selective.ipynb": 180,
+    "22_responses.ipynb": 180,
     "23_evaluate.ipynb": 180,
     "30_recipe.ipynb": 180,
     "32_train.ipynb": 300,

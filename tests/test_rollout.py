@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from capo.rollout import HFSampler, Rollouts, VLLMSampler, corrected, draw, grade, mismatch, plan, rollout, rollout_logps, splitmix, uniforms
+from capo.rollout import (HFSampler, Rollouts, VLLMSampler, corrected, cut_by_tokens, draw, grade, mismatch, rollout,
+                          rollout_logps, splitmix, uniforms)
 from capo.task import Problem, arithmetic_tokenizer
 from helpers import V, each_model, model_of
 
@@ -142,16 +143,31 @@ def test_a_draw_inverts_the_cumulative_distribution(p, u):
     assert p[i] > 0 and sum(p[:i]) <= u * total + 1e-9 and u * total <= sum(p[:i + 1]) + 1e-9
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 6), st.integers(1, 20), st.integers(1, 400))
-def test_a_plan_has_every_response_once_within_the_budget(lengths, n, budget, tokens):
-    seen, last = set(), 51
-    for questions, responses in plan(lengths, n, budget, tokens):
-        pairs, longest = {(b, g) for b in questions.tolist() for g in responses.tolist()}, lengths[questions[0]]
-        assert not pairs & seen and longest <= last and longest == max(lengths[b] for b in questions)
-        assert len(pairs) == 1 or len(pairs) * (longest + budget) <= tokens
-        assert len(questions) == 1 or len(responses) == n                         # a group is cut only if it is alone
-        seen, last = seen | pairs, min(lengths[b] for b in questions)
-    assert seen == {(b, g) for b in range(len(lengths)) for g in range(n)}
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 20)), max_size=24), st.integers(1, 6), st.integers(1, 400))
+def test_cut_by_tokens_has_every_row_once_within_the_budget(lengths, group, budget):
+    lengths = lengths[:len(lengths) // group * group]
+    prompt, response = [p for p, _ in lengths], [t for _, t in lengths]
+    found = cut_by_tokens(prompt, response, budget, group)
+    assert sorted(sum(found, [])) == list(range(len(lengths)))
+    cost = lambda rows: len(rows) * (max(prompt[i] for i in rows) + max(response[i] for i in rows))
+    for rows in found:
+        assert len(rows) == 1 or cost(rows) <= budget
+        if len({i // group for i in rows}) > 1: assert len(rows) % group == 0      # a group is cut only by itself
+    for b in range(len(lengths) // group):
+        rows = list(range(b * group, (b + 1) * group))
+        assert cost(rows) > budget or sum(set(rows) <= set(part) for part in found) == 1
+    longest = [max(prompt[i] + response[i] for i in range(rows[0] // group * group, (rows[0] // group + 1) * group)) for rows in found]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_map_reaches_every_tensor_and_nothing_else():
+    r = sampler(temperature=.7)(PROMPTS, 3)
+    r = replace(r, ref_logp=r.logp - 1)
+    seen, prompts = [], []
+    same = r.map(lambda x: seen.append(x.shape) or x)
+    assert len(seen) == sum(isinstance(v, torch.Tensor) for v in vars(r).values()) == 9 and vars(same) == vars(r)
+    r.map(lambda x: x, lambda x: prompts.append(x.shape) or x)
+    assert prompts == [r.prompt_ids.shape] * 2
 
 
 def test_no_step_is_spent_on_a_response_that_has_ended():
