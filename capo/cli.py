@@ -21,7 +21,7 @@ from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, make_base, n
 from .recipe import capo, grpo
 from .responses import sample_to_file
 from .rollout import HFSampler, VLLMSampler
-from .task import load_model, load_problems, load_tokenizer, prompts_for
+from .task import limit_threads, load_model, load_problems, load_tokenizer, prompts_for
 from .train import Broken, RunConfig, TrainConfig, loading, processes, read_settings, run, saved_settings, settings
 
 # %% ../nbs/60_cli.ipynb #3c045826
@@ -167,7 +167,9 @@ def sampler_for(a: argparse.Namespace, tokenizer: Any) -> Any:
         if a.model == "tiny" or (Path(a.model) / "adapter_config.json").is_file(): raise ValueError("vLLM takes a whole model here, not an adapter or the small model: leave --vllm out, or merge the adapter into its base")
         return VLLMSampler(a.model, tokenizer, dtype=a.dtype, trust_remote_code=a.trust_remote_code, **options)
     dtype = a.dtype if a.dtype != "auto" else "bfloat16" if torch.cuda.is_available() else "float32"
-    return HFSampler(load_model(a.model, dtype, a.trust_remote_code), tokenizer, **options)
+    model = load_model(a.model, dtype, a.trust_remote_code)
+    limit_threads(model)
+    return HFSampler(model, tokenizer, **options)
 
 def evaluate(a: argparse.Namespace, command: str) -> None:
     "Samples what is missing, and writes the report."
