@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 from capo.answer import math_verify
 from capo.task import (
     DATASETS, FACTS, INSTRUCTION, Problem, Teacher, arithmetic, arithmetic_tokenizer, base_model, calibrated_teacher,
-    corpus_batch, last_number, limit_threads, load_problems, pretrain, running_totals, systematic_teacher, tiny_lm,
+    corpus_batch, last_integer, limit_threads, load_problems, pretrain, running_totals, systematic_teacher, tiny_lm,
     verify, with_template)
 
 terms = st.lists(st.tuples(st.sampled_from("+-"), st.integers(1, 9)), min_size=2, max_size=5)
@@ -17,10 +17,10 @@ tokenizer = arithmetic_tokenizer()
 
 
 @given(st.text("ab ,+=", max_size=5), st.integers(-999, 999), st.text("ab ,+=", max_size=5), st.integers(-999, 999))
-def test_the_last_number_counts(before, n, after, other):
+def test_the_last_integer_counts(before, n, after, other):
     text = f"{before},{other} {n}{after}"
-    assert last_number(text) == str(n) and verify(text, str(n)) and verify(text, str(other)) == (n == other)
-    assert last_number(before + after) is None and not verify(before + after, str(n))
+    assert last_integer(text) == str(n) and verify(text, str(n)) and verify(text, str(other)) == (n == other)
+    assert last_integer(before + after) is None and not verify(before + after, str(n))
 
 
 def test_the_extractor_is_a_choice():

@@ -21,7 +21,7 @@ from capo.logprob import chunked_logps
 from capo.mask import quantile_thresholds
 from capo.recipe import capo as capo_recipe, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
-from capo.task import last_number, verify
+from capo.task import last_integer, verify
 from capo.train import CSVLog, TrainConfig, train
 from smollm2 import FOLDER as MODEL, SHA256
 from smollm2_tasks import DATA, load, problems, questions
@@ -93,7 +93,7 @@ def save(path, r, kept):
         for q, (question, answer) in enumerate(kept):
             for g, text in enumerate(r.text[q]):
                 n = int(r.mask[q, g].sum())
-                row = {"id": q, "prompt": question, "response": text, "answer": last_number(text), "reference": answer,
+                row = {"id": q, "prompt": question, "response": text, "answer": last_integer(text), "reference": answer,
                        "correct": int(r.reward[q, g]), "lpm": round(r.lpm[q, g].item(), 5),
                        "logps": [round(x, 4) for x in r.logp[q, g, :n].tolist()],
                        "length": n, "truncated": bool(r.truncated[q, g])}
