@@ -24,7 +24,7 @@ from .evaluate import accuracy, bootstrap, evaluate, most_confident, response_ro
 from .logprob import mean_logp
 from .recipe import Recipe, capo, grpo, grpo_size
 from .rollout import HFSampler, Rollouts, rollout, rollout_logps
-from .task import arithmetic, arithmetic_tokenizer, calibrated_teacher, last_number, pretrain, tiny_lm, verify
+from .task import arithmetic, arithmetic_tokenizer, calibrated_teacher, last_number, limit_threads, pretrain, tiny_lm, verify
 from .train import CSVLog, TrainConfig, train
 
 # %% ../nbs/34_compare.ipynb #fdf51335
@@ -88,11 +88,11 @@ def run_job(job: Job) -> dict[str, Any]:
     "Trains and evaluates one arm; returns its evaluations and, for the first and the last, lpm and reward a question and response."
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM
-    torch.set_num_threads(1)
     folder, seed = Path(job.folder), job.config.seed
     folder.mkdir(parents=True)
     tokenizer, questions = arithmetic_tokenizer(), held_out_questions(job.questions)
     model = AutoModelForCausalLM.from_pretrained(job.base).eval()
+    limit_threads(model)
     base = rollout(HFSampler(model, tokenizer, 16), questions, job.samples, verify, seed=20_000 + seed)
     kept: dict[int, Rollouts] = {}
     numbers, steps, evals = evaluator(tokenizer, questions, base, job.samples, seed, kept.__setitem__), CSVLog(folder / "log.csv"), CSVLog(folder / "evals.csv")
@@ -122,8 +122,8 @@ def _place() -> int:
 def make_base(seed: int, folder: str, steps: int = 2400) -> str:
     "Pretrains the small model on the calibrated teacher's pages and saves it; two minutes on one core."
     from tqdm.auto import tqdm
-    torch.set_num_threads(1)
     model, tokenizer = tiny_lm(seed=seed), arithmetic_tokenizer()
+    limit_threads(model)
     with tqdm(pretrain(model, tokenizer, calibrated_teacher(seed), steps=steps, seed=seed), total=steps, desc=f"base seed {seed}", position=_place(), leave=False) as bar:
         for loss in bar: bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     model.save_pretrained(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import capo.evaluate as lib
+import capo.responses as lib
 from capo import cli
 from capo.cli import fingerprint, main, same_run
 from capo.task import load_model, load_tokenizer, prompts_for

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from capo.evaluate import (Responses, as_responses, collect, cut_to_batches, evaluate, read_responses, response_rows, write_responses)
+from capo.evaluate import evaluate
+from capo.responses import Responses, as_responses, cut_to_batches, read_responses, response_rows, sample_to_file, write_responses
 from capo.rollout import HFSampler, Rollouts, rollout
 from capo.task import Problem, arithmetic, base_model, last_number, verify
 
@@ -184,7 +185,7 @@ def test_some_of_the_questions(sampled):
 
 def run(sampled, path, n=4, seed=0, batch=5):
     sampler, problems, _ = sampled
-    return list(collect(sampler, problems, n, path, verify, last_number, seed, batch))
+    return list(sample_to_file(sampler, problems, n, path, verify, last_number, seed, batch))
 
 
 def test_a_file_that_was_cut_anywhere_ends_up_the_same(tmp_path, sampled):
@@ -201,7 +202,7 @@ def test_a_file_that_was_cut_anywhere_ends_up_the_same(tmp_path, sampled):
 def test_the_draws_of_a_batch_depend_on_seed_and_place_only(tmp_path, sampled):
     sampler, problems, _ = sampled
     for name, seed in (("a", 0), ("b", 1)): run(sampled, tmp_path / name, seed=seed)
-    list(collect(sampler, problems[:5], 4, tmp_path / "c", verify, last_number, 0, 5))
+    list(sample_to_file(sampler, problems[:5], 4, tmp_path / "c", verify, last_number, 0, 5))
     assert (tmp_path / "a").read_bytes().startswith((tmp_path / "c").read_bytes()) and (tmp_path / "a").read_bytes() != (tmp_path / "b").read_bytes()
 
 

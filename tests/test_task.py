@@ -7,7 +7,8 @@ from hypothesis import given, strategies as st
 
 from capo.answer import math_verify
 from capo.task import (DATASETS, FACTS, INSTRUCTION, Problem, Teacher, arithmetic, arithmetic_tokenizer, base_model, calibrated_teacher, corpus_batch,
-                       last_number, load_problems, pretrain, running_totals, systematic_teacher, tiny_lm, verify, with_template)
+                       last_number, limit_threads, load_problems, pretrain, running_totals, systematic_teacher, tiny_lm, verify,
+                       with_template)
 
 chains = st.lists(st.tuples(st.sampled_from("+-"), st.integers(1, 9)), min_size=2, max_size=5).map(lambda x: "".join(f"{s}{d}" for s, d in x)[1:] + "=")
 tokenizer = arithmetic_tokenizer()
@@ -273,3 +274,12 @@ def test_templates():
     assert prompt(Chat(True), instruction="Go.") == "[user]1+1?\nGo.[assistant]"       # the tokenizer will put its <s> in front
     assert with_template(problem, Chat(True))[0].answer == "2"
     with pytest.raises(ValueError, match="no chat template"): with_template(problem, tokenizer)
+
+
+def test_small_models_get_one_thread():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with torch.device("meta"): assert limit_threads(torch.nn.Linear(4096, 4096)) == 2
+        assert limit_threads(tiny_lm()) == torch.get_num_threads() == 1
+    finally: torch.set_num_threads(before)
