@@ -25,7 +25,9 @@ from .logprob import mean_logp
 from .recipe import Recipe, capo, grpo, grpo_size
 from .rollout import HFSampler, Rollouts, rollout, rollout_logps
 from .task import arithmetic, arithmetic_tokenizer, calibrated_teacher, last_number, limit_threads, pretrain, tiny_lm, verify
-from .train import CSVLog, TrainConfig, train
+from .folder import CSVLog
+from .run import saving_bad_step
+from .train import TrainConfig, train
 
 # %% ../nbs/34_compare.ipynb #fdf51335
 TAU, REF_LOW, REF_HIGH = 0.5, 1.05, 2.1 # for the arithmetic world; chosen on other seeds than those reported
@@ -105,7 +107,8 @@ def run_job(job: Job) -> dict[str, Any]:
         def log(row: dict) -> None:
             steps(row); bar.set_postfix(batch=f"{row['reward']:.2f}", **shown); bar.update()
         problems = training_questions(job.config.steps * job.config.questions, seed, questions)
-        result = train(model, tokenizer, problems, job.make(), evaluate=watch, log=log, config=job.config, folder=folder)
+        with saving_bad_step(folder):
+            result = train(model, tokenizer, problems, job.make(), evaluate=watch, log=log, config=job.config)
     last = kept[job.config.steps]
     if job.save_base: save_responses(folder.parent / f"base-{seed}.jsonl.gz", kept[0], questions)
     save_responses(folder / "responses.jsonl.gz", last, questions)

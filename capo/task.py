@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Fact', 'FACTS', 'SMALL', 'DATASETS', 'FORMATS', 'PROMPTS', 'INSTRUCTION', 'Problem', 'last_number', 'verify',
            'running_totals', 'arithmetic', 'Teacher', 'calibrated_teacher', 'systematic_teacher',
-           'arithmetic_tokenizer', 'tiny_lm', 'limit_threads', 'corpus_batch', 'pretrain', 'base_model', 'Source',
-           'after_hashes', 'listed', 'problem_of', 'problems_of', 'unknown', 'generated_problems', 'table',
+           'arithmetic_tokenizer', 'tiny_lm', 'limit_threads', 'corpus_batch', 'pretrain', 'base_model', 'threads_for',
+           'Source', 'after_hashes', 'listed', 'problem_of', 'problems_of', 'unknown', 'generated_problems', 'table',
            'load_problems', 'with_template', 'load_tokenizer', 'load_model', 'prompts_for']
 
 # %% ../nbs/11_task.ipynb #32c03199
@@ -195,6 +195,15 @@ def base_model() -> tuple[Any, Any]:
     "The base model of the calibrated arithmetic world that ships with the package, in eval mode, and its tokenizer."
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(str(resources.files("capo") / "base")).eval(), arithmetic_tokenizer()
+
+# %% ../nbs/11_task.ipynb #7d1e5c3b
+SMALL = 10_000_000 # weights
+
+def threads_for(
+    model: nn.Module, # to be trained or sampled from
+) -> int:
+    "Threads for the CPU's arithmetic, for `torch.set_num_threads`: one for a small model, else as many as there are."
+    return 1 if sum(p.numel() for p in model.parameters()) < SMALL else torch.get_num_threads()
 
 # %% ../nbs/11_task.ipynb #d118cc67
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from capo.mask import quantile_thresholds
 from capo.recipe import capo as capo_recipe, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
 from capo.task import last_number, verify
-from capo.train import CSVLog, TrainConfig, train
+from capo.folder import CSVLog
+from capo.run import saving_bad_step
+from capo.train import TrainConfig, train
 from smollm2 import FOLDER as MODEL, SHA256
 from smollm2_tasks import DATA, load, problems, questions
 
@@ -150,8 +152,8 @@ if __name__ == "__main__":
     else:
         capo.train.rollout_logps = frugal = Frugal(recipe(a.arm, about.get("settings")))
         steps = CSVLog(folder/"log.csv")
-        result = train(model, tokenizer, pool, frugal.recipe(), evaluate=watch, config=a.config, folder=folder,
-                       log=lambda row: (steps(row), print({k: round(v, 4) for k, v in row.items()}, flush=True)))
+        log = lambda row: (steps(row), print({k: round(v, 4) for k, v in row.items()}, flush=True))
+        with saving_bad_step(folder): result = train(model, tokenizer, pool, frugal.recipe(), evaluate=watch, log=log, config=a.config)
         # tokens that were computed with gradients and sampled, over the seconds of the steps alone
         tokens = sum(row["length"] for row in result.rows) * a.config.questions * a.config.group_size
         about |= {"step_seconds": sum(row["seconds"] for row in result.rows), "response_tokens_per_second": tokens / sum(row["seconds"] for row in result.rows)}
