@@ -303,8 +303,8 @@ def fingerprint(
             few = p.detach().flatten()[::max(1, p.numel() // 64)].cpu().double().numpy().tobytes()
             seen.update(f"{name} {tuple(p.shape)} ".encode() + few)
     elif Path(weights).is_dir():
-        for p in sorted(p for p in Path(weights).iterdir() if p.suffix in (".safetensors", ".bin", ".gguf")):
-            seen.update(f"{p.name} {p.stat().st_size} ".encode() + _both_ends(p))
+        files = [f for f in Path(weights).iterdir() if f.suffix in (".safetensors", ".bin", ".gguf")]
+        for f in sorted(files): seen.update(f"{f.name} {f.stat().st_size} ".encode() + _both_ends(f))
     else: return None
     return seen.hexdigest()[:16]
 

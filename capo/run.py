@@ -375,7 +375,7 @@ def run(
     asked = run_problems(config)
     tokenizer = task.load_tokenizer(config.model, config.trust_remote_code)
     model = task.load_model(config.model, config.dtype, config.trust_remote_code)
-    torch.set_num_threads(task.threads_for(model))
+    task.limit_threads(model)
     problems, held_out = (prompted(x, config, tokenizer) for x in asked)
     verifier = task.verify if config.data == "arithmetic" else math_verify
     engine = engine_of(config, tokenizer)

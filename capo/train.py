@@ -164,7 +164,7 @@ class Learner:
         "Of every master, zero where nothing has come."
         for m in self.masters.values():
             if m.grad is None: m.grad = torch.zeros_like(m)
-        return [m.grad for m in self.masters.values()] # type: ignore[misc]
+        return [m.grad for m in self.masters.values()]
 
     def clip(self) -> Tensor:
         "The norm of the gradient, which is cut down to the largest that is allowed."
@@ -372,10 +372,11 @@ def experience(
     step: int,                                                        # counted from 1
 ) -> tuple[Rollouts, dict[str, float]]:
     "The graded rollouts of a step, the same in every process, and what the log should know of how they came about."
-    r, extra = answered(sampler, policy, problems, verify, config, step), {}
+    extra: dict[str, float] = {}
+    r = answered(sampler, policy, problems, verify, config, step)
     if getattr(sampler, "external", False): r, extra = own_logps(r, policy, config)
     if reference: r = replace(r, ref_logp=reference(r))
-    if processes()[1] == 1: return r, {"unverified": verify.take(), **extra}
+    if processes()[1] == 1: return r, {"unverified": verify.take()} | extra
     found = exchange((r.map(lambda x: x.cpu()), verify.take(), extra))
     whole = together([r for r, *_ in found]).map(lambda x: x.to(r.mask.device))
     return whole, {"unverified": sum(n for _, n, _ in found),
@@ -433,7 +434,7 @@ def train(
         result.rows.append(row | {"lr": learning_rate(step, config), "seconds": time.perf_counter() - start})
         if log and first: log(result.rows[-1])
         result.step = step
-        result.stopped = bool(keeper) and keeper.save(step)
+        result.stopped = keeper is not None and keeper.save(step)
         if result.stopped: break
     else: measure(config.steps)
     return result

@@ -16,7 +16,8 @@ def test_candidates_exist(): assert all(task in TASKS and way in WAYS for task, 
 
 
 def test_worked_answer():
-    assert total("State the final answer to the following arithmetic problem: 4 + 5 - 13 =", "-4") == "4 + 5 = 9, 9 - 13 = -4"
+    assert total("State the final answer to the following arithmetic problem: 4 + 5 - 13 =",
+                 "-4") == "4 + 5 = 9, 9 - 13 = -4"
     assert short("Calculate 10 * 8.") == "10 * 8"
 
 
@@ -31,14 +32,17 @@ def test_questions_are_distinct_and_exclude():
 def test_recipes_by_name():
     s = {"tau": .7, "ref_low": 1.04, "ref_high": 1.5}
     assert [recipe(a, s).name for a in ("grpo", "capo", "grpo-mask", "capo-nomask")] == ["grpo", "capo", "grpo", "capo"]
-    assert [recipe(a, s).keep is None for a in ("grpo", "capo", "grpo-mask", "capo-nomask")] == [True, False, False, True]
+    assert [recipe(a, s).keep is None for a in ("grpo", "capo", "grpo-mask", "capo-nomask")] == [True, False, False,
+        True]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_frugal_gives_the_same_update(seed):
     model, tokenizer = tiny_lm(hidden=16, seed=seed).eval(), arithmetic_tokenizer()
-    problems = [replace(p, prompt="9-8+" + p.prompt) for p in arithmetic(12, seed, terms=(2, 3))] # prompts that begin alike
-    r = rollout(HFSampler(model, tokenizer, 8), problems, 4, lambda text, answer: len(text) % 2 == 0, seed=seed) # a verdict that mixes the groups
+    # prompts that begin alike
+    problems = [replace(p, prompt="9-8+" + p.prompt) for p in arithmetic(12, seed, terms=(2, 3))]
+    # a verdict that mixes the groups
+    r = rollout(HFSampler(model, tokenizer, 8), problems, 4, lambda text, answer: len(text) % 2 == 0, seed=seed)
     for p in model.parameters(): torch.nn.init.normal_(p, std=.3)                         # the policy has moved on
     f = Frugal(grpo())
     A = f.recipe().advantage(r, 1).flatten()
