@@ -19,7 +19,9 @@ from capo.mask import quantile_thresholds
 from capo.recipe import capo as capo_recipe, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
 from capo.task import last_integer, verify
-from capo.train import CSVLog, TrainConfig, train
+from capo.folder import CSVLog
+from capo.run import saving_bad_step
+from capo.train import TrainConfig, train
 from smollm2 import FOLDER as MODEL, SHA256
 from smollm2_tasks import DATA, load, problems, questions
 
@@ -119,9 +121,10 @@ if __name__ == "__main__":
     elif a.arm == "base": watch(model, 0)
     else:
         steps = CSVLog(folder/"log.csv")
+        log = lambda row: (steps(row), print({k: round(v, 4) for k, v in row.items()}, flush=True))
         method = recipe(a.arm, about.get("settings"))
-        result = train(model, tokenizer, pool, method, evaluate=watch, config=a.config, folder=folder,
-                       log=lambda row: (steps(row), print({k: round(v, 4) for k, v in row.items()}, flush=True)))
+        with saving_bad_step(folder):
+            result = train(model, tokenizer, pool, method, evaluate=watch, log=log, config=a.config)
         # tokens that were computed with gradients and sampled, over the seconds of the steps alone
         tokens = sum(row["length"] for row in result.rows) * a.config.questions * a.config.group_size
         about |= {"step_seconds": sum(row["seconds"] for row in result.rows),
