@@ -26,6 +26,7 @@ SECONDS = {
     "40_tiny_lm.ipynb": 300,
     "42_smollm2.ipynb": 180,
     "44_qwen.ipynb": 180,
+    "50_trl.ipynb": 180,
     "60_cli.ipynb": 300,
     "index.ipynb": 180,
 }
