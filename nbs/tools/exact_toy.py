@@ -150,9 +150,9 @@ def measure(w, x, gold, cfg):
     "Exact figures on the questions x, one number a seed each."
     f, p = scores(w, x, gold)
     acc, auc, m, lp = p[0].sum(-1), group_auc(f, p), mixed(p, cfg["group"]), seq_logp(w, x)
-    sure = (p[1] * (p[1] > .5)).sum((1, 2)) / p[1].sum((1, 2))           # of the wrong answers given, those given more often than not
-    return {"accuracy": acc.mean(1), "auc_mean": weighted(auc, m), "auc_every_question": auc.mean(1), "mixed": m.mean(1),
-            "auc_pairs": weighted(auc, acc * (1 - acc)), "auc_pooled": pooled_auc(f, p),
+    sure = (p[1] * (p[1] > .5)).sum((1, 2)) / p[1].sum((1, 2))                  # of the wrong answers that are given
+    return {"accuracy": acc.mean(1), "auc_mean": weighted(auc, m), "auc_every_question": auc.mean(1),
+            "mixed": m.mean(1), "auc_pairs": weighted(auc, acc * (1 - acc)), "auc_pooled": pooled_auc(f, p),
             "entropy": -(lp.exp() * lp).sum(-1).mean(1), "sure_if_wrong": sure}
 
 
@@ -160,11 +160,12 @@ def measure(w, x, gold, cfg):
 def exchanged(w, mark, x, gold, cfg):
     """AUC when scores and draws come from two policies, w and an earlier one.
 
-    order: w's scores, the earlier draws. drawn: w's draws, the earlier scores. questions: only the questions' weights are w's."""
+    order: w's scores, earlier draws; drawn: w's draws, earlier scores; questions: only their weights are w's."""
     (f, p), (f0, p0), G = scores(w, x, gold), scores(mark, x, gold), cfg["group"]
     out = {"mean_questions": weighted(group_auc(f0, p0), mixed(p, G))}
     for kind, auc in (("mean", lambda f, p: auc_mean(f, p, G)), ("pooled", pooled_auc)):
-        out |= {kind: auc(f, p), f"{kind}_at_mark": auc(f0, p0), f"{kind}_order": auc(f, p0), f"{kind}_drawn": auc(f0, p)}
+        out |= {kind: auc(f, p), f"{kind}_at_mark": auc(f0, p0)}
+        out |= {f"{kind}_order": auc(f, p0), f"{kind}_drawn": auc(f0, p)}
     return out
 
 
@@ -229,7 +230,7 @@ CLOSE = "GRPO", "CAPO 0.5"                                                      
 
 
 def paths(cfg, seeds, arms=ARMS):
-    "Rows by file: the paths, AUC with draws and scores exchanged, cosines, precision by coverage, AUC-mean by group size."
+    "Rows by file: the paths, AUC with draws and scores exchanged, cosines, precision, AUC-mean by group size."
     base, train, test = start(seeds, cfg)
     grid, log, swaps, angles, curves, sizes = torch.linspace(.05, 1, 20), [], [], [], [], []
     def last(arm, w):
@@ -288,6 +289,6 @@ if __name__ == "__main__":
         for name, log in dict(paths=paths, phase=phase)[part](CONFIG, seeds).items(): save(f"exact_toy{name}.csv", log)
         info = json.loads(about.read_text()) if about.exists() else {}
         command = f"python nbs/tools/exact_toy.py --part {part} --seeds {todo.seeds}"
-        info[part] = dict(command=command, config=CONFIG, seeds=seeds, commit=head.stdout.strip(), torch=torch.__version__,
-                          cpu_seconds=round(time.process_time() - begin))
+        info[part] = dict(command=command, config=CONFIG, seeds=seeds, commit=head.stdout.strip(),
+                          torch=torch.__version__, cpu_seconds=round(time.process_time() - begin))
         about.write_text(json.dumps(info, indent=1) + "\n")
