@@ -1,17 +1,24 @@
 # Every target sets itself up: a virtual environment in .venv, the versions in constraints.txt.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt  # empty: the newest versions within the ranges of settings.ini
 BIN := .venv/bin
 READY := .venv/.ready
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 
-.PHONY: demo test test-vllm notebooks export clean
+.PHONY: demo test test-portable test-vllm lint notebooks export clean
 
 demo: $(READY)       # train GRPO and CAPO side by side, a few minutes
 	$(BIN)/capo demo
 
-test: $(READY)       # everything, each notebook included
-	$(BIN)/pytest
+test: $(READY)       # everything, each notebook included, on up to four cores
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+
+test-portable: $(READY) # the notebooks alone, with kernels that use no vector instructions: what they assert holds on any processor
+	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal tests/test_notebooks.py
+
+lint: $(READY)       # unused and undefined names, wide lines
+	$(BIN)/ruff check .
 
 test-vllm: $(VLLM_READY) # vLLM on a CPU, in an environment of its own: its tests, and the cells marked vllm
 	cd nbs && VLLM_LOGGING_LEVEL=ERROR ../$(VLLM)/python -m pytest ../tests/with_vllm
@@ -33,7 +40,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	    "capo needs Python 3.11 or newer, and $(PYTHON) is %d.%d: name another with make PYTHON=..." % v[:2])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
 	@touch $@
 
 # vLLM needs an older transformers than constraints.txt has; the torchvision that comes with it is built for CUDA and breaks its import.

@@ -1,11 +1,12 @@
 "The pairwise advantage: autograd as oracle, the invariants, both limits of τ, padding and ragged groups."
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from capo.advantage import capo_advantage, pairwise_advantage, pairwise_loss
+from capo.advantage import batch_advantage, capo_advantage, flat_advantage, pairwise_advantage, pairwise_loss
 from capo.calibration import group_auc, group_index
 from capo.grpo import grpo_advantage
 from capo.surrogate import exponential, hinge, linear, logistic
@@ -187,3 +188,54 @@ def test_any_type_of_label():
 def test_there_is_no_gradient_through_the_advantage():
     lpm = torch.tensor([[-1., -2.]], requires_grad=True)
     for phi in PHIS: assert not pairwise_advantage(lpm, torch.tensor([[1, 0]]), phi).requires_grad
+
+
+@given(groups(), phis)
+def test_a_list_is_its_rectangle_to_the_last_bit(case, phi):
+    lpm, correct, valid = case[0].double(), case[1], case[2]
+    row = torch.arange(len(lpm))[:, None].expand_as(lpm).flatten()
+    flat = flat_advantage(lpm.flatten(), correct.flatten(), row, phi, valid.flatten())
+    assert flat.view_as(lpm).equal(pairwise_advantage(lpm, correct, phi, valid))
+    names = np.array([f"question {r}" for r in row], dtype=object)                                      # as verl has them
+    assert flat_advantage(lpm.flatten(), correct.flatten(), names, phi, valid.flatten()).equal(flat)
+
+
+ragged = st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(-9, 0), st.booleans(), st.booleans()), max_size=30)
+
+
+@given(ragged, phis)
+def test_a_list_of_ragged_groups_in_any_order(rows, phi):
+    ids, lpm, correct, valid = (list(x) for x in zip(*rows)) if rows else ([], [], [], [])
+    lpm, correct, valid = torch.tensor(lpm).double() / 4, torch.tensor(correct).bool(), torch.tensor(valid).bool()
+    A = flat_advantage(lpm, correct, ids, phi, valid)
+    assert A.shape == lpm.shape and (A[~valid] == 0).all()
+    for q in set(ids):
+        mine = torch.tensor([i == q for i in ids])
+        close(A[mine], pairwise_advantage(lpm[mine][None], correct[mine][None], phi, valid[mine][None])[0], 1e-9)
+
+
+@given(ragged, phis, st.integers(0, 99))
+def test_a_shuffled_list_has_shuffled_advantages(rows, phi, seed):
+    if not rows: return
+    ids, lpm, correct, valid = (list(x) for x in zip(*rows))
+    ids, lpm = torch.tensor([ord(c) for c in ids]), torch.tensor(lpm).double() / 4
+    correct, valid, p = torch.tensor(correct), torch.tensor(valid), shuffle(len(ids), seed)
+    A = flat_advantage(lpm, correct, ids, phi, valid)
+    close(flat_advantage(lpm[p], correct[p], ids[p], phi, valid[p]), A[p], 1e-9)
+
+
+@given(groups(), phis)
+def test_the_batch_is_one_group(case, phi):
+    lpm, correct, valid = case[0].double(), case[1], case[2]
+    flat = [x.flatten()[None] for x in (lpm, correct, valid)]
+    A = batch_advantage(lpm, correct, phi, valid)
+    close(A.flatten()[None], pairwise_advantage(flat[0], flat[1], phi, flat[2]), 1e-9)
+    close(A.sum(), 0, 1e-8)
+
+
+@given(groups())
+def test_across_the_batch_the_linear_setting_is_reinforce_with_the_batchs_mean(case):
+    lpm, correct, valid = case[0].double(), case[1], case[2]
+    n, R = valid.sum(), correct.double()
+    mean = (R * valid).sum() / n.clamp(min=1)
+    close(batch_advantage(lpm, correct, linear, valid), (n * (R - mean)).where(valid, 0))

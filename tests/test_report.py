@@ -8,7 +8,10 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from capo.evaluate import Code, Number, Paragraph, Table, curves_of, draw_confidence, draw_risk, examples, in_html, in_markdown, label, majority_vote, most_confident, named, plain, report, shorten, visible
+from capo.report import (Code, Grid, Number, Paragraph, curves_of, draw_confidence, draw_risk, examples, in_html, in_markdown, label, named,
+                         plain, report, visible)
+from capo.responses import shorten
+from capo.vote import majority_vote, most_confident
 from helpers import responses, two_runs
 
 EVIL = "<script>alert('9')</script><img src=x onerror=alert(1)> | `a` ``` \n\n# head $x$ \u202e\x00\ud800 **b** &amp; [l](javascript:1) ]]> </pre></article>"
@@ -121,9 +124,9 @@ def test_markdown_shows_any_text_in_one_code_span_of_one_cell(text):
 
 
 def test_a_table_in_text():
-    assert Table([["", Code("a|b")], ["accuracy", Number("0.5 [0.4, 0.6]")]]).markdown() == (
+    assert Grid([["", Code("a|b")], ["accuracy", Number("0.5 [0.4, 0.6]")]]).markdown() == (
         "|          | `a\\|b`         |\n|----------|----------------|\n| accuracy | 0.5 [0.4, 0.6] |")
-    assert Table([["x"], [Number("0.5 [0.4, 0.6]")]]).html().count("<small>[0.4, 0.6]</small>") == 1
+    assert Grid([["x"], [Number("0.5 [0.4, 0.6]")]]).html().count("<small>[0.4, 0.6]</small>") == 1
     assert Paragraph(["of ", Code("a"), " and b"]).markdown() == "of `a` and b"
 
 
