@@ -16,7 +16,7 @@ import capo
 from capo.advantage import capo_advantage, pairwise_advantage
 from capo.calibration import auc, group_auc
 from capo.grpo import clipped_loss, grpo_advantage
-from capo.selective import area, ece, prr, threshold_for
+from capo.selective import area, certified_threshold, ece, prr, threshold_for
 from capo.surrogate import logistic
 from capo.vote import deepconf, majority_vote, most_confident, pass_at_k, perplexity_consistency, rpc, vote_curve
 
@@ -60,7 +60,7 @@ def cases():
         yield "area", f"{N:,} replies", lambda s=s, c=c: area(s, c)
         yield "prr", f"{N:,} replies", lambda s=s, c=c: prr(s, c)
         yield "threshold_for", f"{N:,} replies", lambda s=s, c=c: threshold_for(s, c, .7)
-        yield "threshold_for, confidence=.95", f"{N:,} replies", lambda s=s, c=c: threshold_for(s, c, .7, confidence=.95)
+        yield "certified_threshold", f"{N:,} replies", lambda s=s, c=c: certified_threshold(s, c, .7)
         yield "ece", f"{N:,} replies", lambda s=s, c=c: ece(s.sigmoid(), c)
 
 

@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 import torch
 import capo as _capo
-from . import evaluate as _evaluate
-from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, make_base, new_folder, table
+from . import report as _report
+from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, final_numbers, make_base, new_folder
 from .recipe import capo, grpo
+from .responses import sample_to_file
 from .rollout import HFSampler, VLLMSampler
 from .task import limit_threads, load_model, load_problems, load_tokenizer, prompts_for
-from .train import Broken, RunConfig, TrainConfig, loading, processes, read_settings, run, saved_settings, settings
+from .folder import Broken, read_settings, settings
+from .processes import processes
+from .run import RunConfig, loading, run, saved_settings
+from .train import TrainConfig
 
 # %% ../nbs/60_cli.ipynb #3c045826
 Run = Callable[[argparse.Namespace, str], None] # options and the command as typed
@@ -48,7 +52,7 @@ def demo(a: argparse.Namespace, command: str) -> None:
     out, start = a.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}", time.perf_counter()
     begin = lambda: print(f"Training {', '.join(makers)} for {a.steps} steps on seed {', '.join(map(str, a.seeds))}; files go to {out}/", flush=True)
     summary = compare(out, makers, a.seeds, config, a.fresh_base, a.workers, note={"command": command}, begin=begin)
-    print(f"\n{table(summary)}\n\nThe headline is AUC-mean, fixed beforehand; intervals are 95 % bootstraps over questions."
+    print(f"\n{final_numbers(summary)}\n\nThe headline is AUC-mean, fixed beforehand; intervals are 95 % bootstraps over questions."
           f"\n{time.perf_counter() - start:.0f} s. See {out}/comparison.png, and summary.json and the logs beside it.")
 
 # %% ../nbs/60_cli.ipynb #5572f6bf
@@ -191,12 +195,12 @@ def evaluate(a: argparse.Namespace, command: str) -> None:
     except ImportError as e: raise ValueError(str(e)) from None
     folder = same_run(out, run, note)
     print(f"{len(problems)} questions of {a.data}, {a.n} responses each by {a.model}; files go to {folder}/", flush=True)
-    done = _evaluate.collect(sampler, problems, a.n, folder / "responses.jsonl", seed=a.seed, batch=a.batch, shown=questions)
+    done = sample_to_file(sampler, problems, a.n, folder / "responses.jsonl", seed=a.seed, batch=a.batch, shown=questions)
     with tqdm(total=len(problems) * a.n, unit="response", smoothing=.05) as bar:
         bar.n = bar.initial = next(done) * a.n             # what was there before does not count for the rate
         bar.refresh()
         for q in done: bar.update(q * a.n - bar.n)
-    made = _evaluate.report({folder.name: folder / "responses.jsonl"}, folder, precision=a.precision)
+    made = _report.report({folder.name: folder / "responses.jsonl"}, folder, precision=a.precision)
     print(f"\n{made}\n\nSee {folder}/report.html, and report.md, summary.json, responses.jsonl and the pictures beside it.")
 
 # %% ../nbs/60_cli.ipynb #f031c7e0
@@ -232,14 +236,14 @@ def report(a: argparse.Namespace, command: str) -> None:
     "Prints the tables and writes the folder."
     out = Path(a.out or f"runs/report-{time.strftime('%Y%m%d-%H%M%S')}")
     if out.exists(): new_folder(out)                       # refused before any work, if it holds something
-    made = _evaluate.report(a.files, n=a.resamples, seed=a.seed, precision=a.precision)
+    made = _report.report(a.files, n=a.resamples, seed=a.seed, precision=a.precision)
     made.save(new_folder(out))
     print(f"{made}\n\nSee {out}/report.html, and report.md, summary.json and the pictures beside it.")
 
 def add_report(commands: Any) -> None:
     "The options of `capo report`."
     r = command(commands, "report", report, "report how far to trust the model behind a file of responses, or compare several")
-    r.add_argument("files", nargs="+", help="JSON lines, .gz too, one response a line: id, lpm or logps, correct or reference, answer, response, …; see capo.evaluate")
+    r.add_argument("files", nargs="+", help="JSON lines, .gz too, one response a line: id, lpm or logps, correct or reference, answer, response, …; see capo.responses")
     r.add_argument("--out", default=None, help="new folder; by default runs/report-DATE-TIME")
     r.add_argument("--precision", type=float, default=0.9, help="to ask of the responses above the threshold")
     r.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")

@@ -8,7 +8,10 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from capo.evaluate import Code, Grid, Number, Paragraph, curves_of, draw_confidence, draw_risk, examples, in_html, in_markdown, label, majority_vote, most_confident, named, plain, report, shorten, visible
+from capo.report import (Code, Grid, Number, Paragraph, curves_of, draw_confidence, draw_risk, examples, in_html, in_markdown, label, named,
+                         plain, report, visible)
+from capo.responses import shorten
+from capo.vote import majority_vote, most_confident
 from helpers import responses, two_runs
 
 EVIL = "<script>alert('9')</script><img src=x onerror=alert(1)> | `a` ``` \n\n# head $x$ \u202e\x00\ud800 **b** &amp; [l](javascript:1) ]]> </pre></article>"

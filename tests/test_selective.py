@@ -13,7 +13,8 @@ from sklearn.metrics import brier_score_loss, precision_recall_curve
 from torch import tensor
 
 from capo.calibration import auc
-from capo.selective import (_binomial_tail, area, at_threshold, brier, coverage_at, ece, precision_bound, precision_coverage, prr, split_questions, threshold_for)
+from capo.selective import (_binomial_tail, area, at_threshold, brier, certified_threshold, coverage_at, ece,
+                            precision_bound, precision_coverage, prr, split_questions, threshold_for)
 from helpers import refuses, same, shuffle
 
 plain = importlib.import_module("capo_as_installed.selective")  # without the hook, as a user has it
@@ -31,8 +32,8 @@ def replies(draw, N=12, least=1):
 @given(replies(N=6))
 def test_precision_is_the_mean_over_orders(case):
     score, correct = case
-    orders = [o for o in itertools.permutations(range(len(score))) if all(score[a] >= score[b] for a, b in zip(o, o[1:]))]
-    hits = np.mean([correct.double().numpy()[list(o)].cumsum() for o in orders], axis=0)
+    right, falls = correct.double().numpy(), lambda o: all(score[a] >= score[b] for a, b in zip(o, o[1:]))
+    hits = np.mean([right[list(o)].cumsum() for o in itertools.permutations(range(len(score))) if falls(o)], axis=0)
     k = np.arange(1, len(score) + 1)
     coverage, precision = precision_coverage(score, correct)
     same(coverage, k / len(score)), same(precision, hits / k)
@@ -47,7 +48,8 @@ def test_the_curve_is_sklearns_where_a_tie_ends(case):
     mine = precision_coverage(score, correct)[1]
     same([mine[n - 1] for n in answered], precision[:-1], 1e-12)
     same([mine[n - 1] * n / correct.sum() for n in answered], recall[:-1], 1e-12)
-    for t, n, p in zip(thresholds, answered, precision): same(at_threshold(score, correct, float(t)), (n / len(score), p), 1e-12)
+    for t, n, p in zip(thresholds, answered, precision):
+        same(at_threshold(score, correct, float(t)), (n / len(score), p), 1e-12)
 
 
 @given(replies(N=30), st.integers(0, 99))
@@ -58,7 +60,9 @@ def test_order_and_monotone_maps_change_nothing(case, seed):
     for s, c in ((score[p], correct[p]), (score.exp(), correct), (score.double() * 3 - 7, correct)):
         for f in (area, prr): same(f(s, c), f(score, correct), 1e-12)
         for required in (.3, .5, .8): same(coverage_at(s, c, required), coverage_at(score, correct, required))
-    for required, sure in ((.3, .5), (.5, .6)): assert threshold_for(score[p], correct[p], required, sure) == threshold_for(score, correct, required, sure)
+    for required, sure in ((.3, .5), (.5, .6)):
+        one, other = (certified_threshold(s, c, required, sure) for s, c in ((score[p], correct[p]), (score, correct)))
+        assert one == other
 
 
 @given(replies())
@@ -66,31 +70,39 @@ def test_area_between_its_marks(case):
     score, correct = case
     share = correct.double().mean().item()
     same(area(torch.zeros_like(score), correct), share)
-    best, worst = area(correct.float(), correct), area(-correct.float(), correct)
-    assert worst - 1e-12 <= area(score, correct) <= best + 1e-12
-    if 0 < share < 1: assert prr(score, correct) <= 1 + 1e-12 and prr(correct.float(), correct) == pytest.approx(1) and abs(prr(torch.zeros_like(score), correct)) < 1e-12
-    else: assert math.isnan(prr(score, correct)) and area(score, correct) == share
+    oracle, none = correct.float(), torch.zeros_like(score)
+    assert area(-oracle, correct) - 1e-12 <= area(score, correct) <= area(oracle, correct) + 1e-12
+    if not 0 < share < 1:
+        assert math.isnan(prr(score, correct)) and area(score, correct) == share
+    else:
+        assert prr(score, correct) <= 1 + 1e-12
+        assert prr(oracle, correct) == pytest.approx(1) and abs(prr(none, correct)) < 1e-12
 
 
 def test_prr_by_hand():
-    "Right, wrong, right, wrong: area 2/3, random 1/2, oracle 19/24. And right, wrong, wrong, right: (1 + 1/2 + 1/3 + 1/2)/4 = 7/12."
-    score = tensor([4., 3., 2., 1.])
-    assert area(score, tensor([1, 0, 1, 0])) == pytest.approx(2 / 3) and area(tensor([1., 0, 1, 0]), tensor([1, 0, 1, 0])) == pytest.approx(19 / 24)
-    assert prr(score, tensor([1, 0, 1, 0])) == pytest.approx(4 / 7)
+    """Right, wrong, right, wrong: area 2/3, random 1/2, oracle 19/24.
+
+    And right, wrong, wrong, right: (1 + 1/2 + 1/3 + 1/2)/4 = 7/12."""
+    score, alternating = tensor([4., 3., 2., 1.]), tensor([1, 0, 1, 0])
+    assert area(score, alternating) == pytest.approx(2 / 3)
+    assert area(alternating.float(), alternating) == pytest.approx(19 / 24)
+    assert prr(score, alternating) == pytest.approx(4 / 7)
     assert prr(score, tensor([1, 0, 0, 1])) == pytest.approx((7 / 12 - 1 / 2) / (19 / 24 - 1 / 2))
-    assert prr(tensor([2., 2., 1., 1.]), tensor([1, 0, 1, 0])) == pytest.approx(0)
+    assert prr(tensor([2., 2., 1., 1.]), alternating) == pytest.approx(0)
 
 
 @given(replies(N=30, least=2))
 def test_area_and_auc(case):
-    "One is a sum of harmonic numbers over ranks; the share answered and right, averaged, is a straight line in the other."
+    "A sum of harmonic numbers over ranks; the share answered and right, averaged, is a straight line in the AUC."
     _, correct = case
     N, right = len(correct), int(correct.sum())
     score = -torch.arange(N, dtype=torch.float64)
     H = np.concatenate([[0], (1 / np.arange(1, N + 1)).cumsum()])
     same(area(score, correct), sum(H[N] - H[i] for i in correct.nonzero()[:, 0].tolist()) / N, 1e-12)
     coverage, precision = precision_coverage(score, correct)
-    if 0 < right < N: same((coverage * precision).mean(), right * (right + 1) / (2 * N * N) + right * (N - right) / N ** 2 * auc(score, correct), 1e-12)
+    if not 0 < right < N: return
+    line = right * (right + 1) / (2 * N ** 2) + right * (N - right) / N ** 2 * auc(score, correct)
+    same((coverage * precision).mean(), line, 1e-12)
 
 
 @given(replies(), st.sampled_from([.1, .5, 2 / 3, .75, .9, 1.]))
@@ -111,11 +123,13 @@ def test_thresholds_survive_the_type_of_the_score():
 
 def test_no_replies_and_one_class():
     none = torch.zeros(0)
-    assert math.isnan(area(none, none)) and math.isnan(prr(none, none)) and math.isnan(ece(none, none)) and math.isnan(brier(none, none))
-    assert threshold_for(none, none, .5) == threshold_for(none, none, .5, .9) == inf and precision_coverage(none, none)[0].numel() == 0
-    s = tensor([-1., -2.])
-    assert threshold_for(s, tensor([1, 1]), 1.) == -2 and threshold_for(s, tensor([0, 0]), .1) == inf and coverage_at(s, tensor([0, 0]), .1) == 0
-    assert at_threshold(s, tensor([0, 0]), inf)[0] == 0 and math.isnan(at_threshold(s, tensor([0, 0]), inf)[1])
+    assert all(math.isnan(f(none, none)) for f in (area, prr, ece, brier))
+    assert threshold_for(none, none, .5) == certified_threshold(none, none, .5) == inf
+    assert precision_coverage(none, none)[0].numel() == 0
+    s, wrong = tensor([-1., -2.]), tensor([0, 0])
+    assert threshold_for(s, tensor([1, 1]), 1.) == -2 and threshold_for(s, wrong, .1) == inf
+    coverage, precision = at_threshold(s, wrong, inf)
+    assert coverage == coverage_at(s, wrong, .1) == 0 and math.isnan(precision)
 
 
 @given(st.integers(0, 60), st.integers(-1, 61), st.floats(0, 1))
@@ -137,9 +151,12 @@ def test_the_guarantee_holds(score):
         s = torch.rand(300, generator=g, dtype=torch.float64)
         if score == "in five steps": s = (s * 5).ceil() / 5
         chance = .5 + .5 * s if score != "useless" else torch.full_like(s, .75)
-        t = threshold_for(s, torch.rand(300, generator=g, dtype=torch.float64) < chance, .76, confidence=.9, levels=20, seed=i)
-        truth = {"informative": lambda: .5 + .5 * (1 + t) / 2, "useless": lambda: .75, "in five steps": lambda: .5 + .5 * np.mean([x for x in (.2, .4, .6, .8, 1.) if x >= t - 1e-9])}[score]
-        if t < inf: answered += 1; short += truth() < .76
+        right = torch.rand(300, generator=g, dtype=torch.float64) < chance
+        t = certified_threshold(s, right, .76, confidence=.9, levels=20, seed=i)
+        if t == inf: continue
+        reached = [x for x in (.2, .4, .6, .8, 1.) if x >= t - 1e-9] if score == "in five steps" else [t, 1]
+        truth = .75 if score == "useless" else .5 + .5 * np.mean(reached)
+        answered, short = answered + 1, short + (truth < .76)
     assert short <= 15 + 3 * (150 * .1 * .9) ** .5
     assert score == "useless" or answered > 75
 
@@ -180,7 +197,8 @@ def test_absolute_calibration_by_hand(rows, bins):
 
 s, c = tensor([-1., -2., -3.]), tensor([1, 0, 1])
 TAKES = {f.__name__: f for f in (plain.precision_coverage, plain.area, plain.prr)} | {
-    "threshold_for": lambda s, c: plain.threshold_for(s, c, .5), "at_threshold": lambda s, c: plain.at_threshold(s, c, 0.), "coverage_at": lambda s, c: plain.coverage_at(s, c, .5)}
+    f.__name__: lambda s, c, f=f: f(s, c, .5)
+    for f in (plain.threshold_for, plain.certified_threshold, plain.at_threshold, plain.coverage_at)}
 
 
 @pytest.mark.parametrize("f", TAKES.values(), ids=TAKES)
@@ -194,8 +212,8 @@ def test_bad_replies(f):
 BAD = {
     "precision": (lambda: plain.threshold_for(s, c, 90), "precision must be above 0"),
     "no precision": (lambda: plain.threshold_for(s, c, 0), "precision must be above 0"),
-    "confidence": (lambda: plain.threshold_for(s, c, .9, confidence=95), "confidence must lie between 0 and 1"),
-    "levels": (lambda: plain.threshold_for(s, c, .9, .9, levels=0), "levels must be at least 1"),
+    "confidence": (lambda: plain.certified_threshold(s, c, .9, confidence=95), "confidence must lie between 0 and 1"),
+    "levels": (lambda: plain.certified_threshold(s, c, .9, levels=0), "levels must be at least 1"),
     "more right than answered": (lambda: plain.precision_bound(3, 2), "right must lie between 0 and answered"),
     "confidence of the bound": (lambda: plain.precision_bound(1, 2, 95), "confidence must lie"),
     "share": (lambda: plain.split_questions([1, 2], 1.), "share must lie between 0 and 1"),
