@@ -22,7 +22,10 @@ from .recipe import capo, grpo
 from .responses import sample_to_file
 from .rollout import HFSampler, VLLMSampler
 from .task import limit_threads, load_model, load_problems, load_tokenizer, prompts_for
-from .train import Broken, RunConfig, TrainConfig, loading, processes, read_settings, run, saved_settings, settings
+from .folder import Broken, read_settings, settings
+from .processes import processes
+from .run import RunConfig, loading, run, saved_settings
+from .train import TrainConfig
 
 # %% ../nbs/60_cli.ipynb #3c045826
 Run = Callable[[argparse.Namespace, str], None] # options and the command as typed

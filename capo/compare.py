@@ -27,9 +27,10 @@ from .logprob import mean_logp
 from .recipe import Recipe, capo, grpo, grpo_size
 from .responses import response_rows, write_responses
 from .rollout import HFSampler, Rollouts, rollout, rollout_logps
+from .folder import CSVLog
 from .task import Problem, arithmetic, arithmetic_tokenizer, calibrated_teacher, last_integer, limit_threads
 from .task import pretrain, tiny_lm, verify
-from .train import CSVLog, TrainConfig, train
+from .train import TrainConfig, train
 from .vote import most_confident
 
 # %% ../nbs/34_compare.ipynb #fdf51335
