@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['Run', 'LORA_LR', 'FULL_LR', 'IDENTITY', 'EVALUATE', 'COMMANDS', 'new_name', 'run_demo', 'run_base', 'run_train',
-           'fingerprint', 'same_run', 'sampler_for', 'check_evaluate', 'identity', 'sample_all', 'run_evaluate',
-           'run_report', 'Help', 'command', 'comments', 'add_fields', 'add_demo', 'add_base', 'add_train',
-           'add_evaluate', 'add_report', 'parser', 'main']
+           'sampler_for', 'check_evaluate', 'identity', 'sample_all', 'run_evaluate', 'run_report', 'Help', 'command',
+           'comments', 'add_fields', 'add_demo', 'add_base', 'add_train', 'add_evaluate', 'add_report', 'parser',
+           'main']
 
 # %% ../nbs/60_cli.ipynb #706aff1b
-import argparse, hashlib, inspect, json, math, os, platform, re, shlex, sys, time, typing
-from collections.abc import Callable, Mapping, Sequence
+import argparse, hashlib, inspect, json, math, platform, re, shlex, sys, time, typing
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 import torch
 import capo as _capo
-from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, final_numbers, make_base, new_folder
+from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, final_numbers, make_base
+from .folder import Broken, fingerprint, new_folder, read_settings, same_run, settings
+from .processes import processes
 from .report import report
 from .responses import sample_to_file
 from .rollout import HFSampler, VLLMSampler
+from .run import RunConfig, loading, run, saved_settings
 from .task import DATASETS, Problem, limit_threads, load_model, load_problems, load_tokenizer, prompts_for
-from .train import Broken, RunConfig, TrainConfig, loading, processes, read_settings, run, saved_settings, settings
+from .train import TrainConfig
 
 # %% ../nbs/60_cli.ipynb #3c045826
 Run = Callable[[argparse.Namespace, str], None] # options and the command as typed
@@ -72,43 +75,6 @@ def run_train(a: argparse.Namespace, command: str) -> None:
         policy = result.checkpoint / "policy"
         print(f"\n{result.step} steps done; see {out}/log.csv. The trained model is in {policy}. To load it:\n")
         print(loading(config, policy))
-
-# %% ../nbs/60_cli.ipynb #68323c60
-def fingerprint(
-    folder: Any, # of a model
-) -> str | None:
-    "A hash over names and sizes of the weights in a folder, and over their first and last MB; None if it is no folder."
-    if not Path(folder).is_dir(): return None
-    h = hashlib.sha256()
-    for p in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin", ".gguf")):
-        h.update(f"{p.name} {p.stat().st_size} ".encode())
-        with p.open("rb") as f:
-            h.update(f.read(1 << 20)); f.seek(max(0, p.stat().st_size - (1 << 20))); h.update(f.read())
-    return h.hexdigest()[:16]
-
-def same_run(
-    folder: str | Path,      # new, or one that holds the same run
-    run: Mapping[str, Any],  # what would change the numbers
-    note: Mapping[str, Any], # what should not: versions, the command
-) -> Path:
-    """Creates the folder with its `config.json`, or accepts the one that is there.
-
-    Raises `ValueError` with the differences if it holds another run, `FileExistsError` if it holds something else."""
-    folder, run = Path(folder), json.loads(json.dumps(run))
-    file, part = folder / "config.json", folder / "config.json.part"
-    if not file.exists():
-        if folder.is_dir(): part.unlink(missing_ok=True)   # of a run that was killed at its first step
-        new_folder(folder)
-        part.write_text(json.dumps({"run": run, "made_with": note}, indent=1) + "\n")
-        os.replace(part, file)
-        return folder
-    try: before = dict(json.loads(file.read_text())["run"])
-    except (ValueError, KeyError, TypeError):
-        raise FileExistsError(f"{folder} holds another run; name a new folder") from None
-    changed = [k for k in {**before, **run} if before.get(k) != run.get(k)]
-    other = [f"{k} was {before.get(k)!r} and is {run.get(k)!r}" for k in changed]
-    if other: raise ValueError(f"{folder} holds another run, its {'; its '.join(other)}; name a new folder")
-    return folder
 
 # %% ../nbs/60_cli.ipynb #0a9182ae
 def sampler_for(a: argparse.Namespace, tokenizer: Any) -> Any:

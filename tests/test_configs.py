@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from capo.train import RunConfig, read_settings, settings
+from capo.folder import read_settings, settings
+from capo.run import RunConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 QWEN = [p for p in CONFIGS if p.stem.startswith("qwen2.5-math")]

@@ -6,76 +6,27 @@ and answer them at every evaluation. Each writes FOLDER/ARM-SEED (FOLDER: nbs/da
 evals.csv, responses-STEP.jsonl.gz. Same seed, same questions in the same order. One thread a process; run arms side
 by side.
 """
-import argparse, gzip, json, math, os, platform, random, shlex, sys, time
-from dataclasses import asdict, replace
+import argparse, gzip, json, math, platform, random, shlex, sys, time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache
 
-import capo.train
-from capo.compare import commit, new_folder
+from capo.compare import commit
 from capo.evaluate import evaluate
-from capo.logprob import chunked_logps
 from capo.mask import quantile_thresholds
 from capo.recipe import capo as capo_recipe, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
 from capo.task import last_integer, verify
-from capo.train import CSVLog, TrainConfig, train
+from capo.folder import CSVLog, new_folder
+from capo.run import saving_bad_step
+from capo.train import TrainConfig, train
 from smollm2 import FOLDER as MODEL, SHA256
 from smollm2_tasks import DATA, load, problems, questions
 
 TASK, WAY, HELD_OUT_SEED, TRAIN_SEED = "sums and products of 1 digit", "1 example, sentence", 2, 1
 EVALUATE_SEED, CACHE = 10_000, 2**14 # of the evaluations' draws; tokens in the key–value cache
-
-
-class Frugal:
-    """`capo.rollout.rollout_logps` for a recipe, without what is computed twice or for nothing; same to rounding.
-
-    What all prompts begin with (at least one token) is computed once, each prompt's own end once for its G
-    responses, the responses in two parts by length, and with gradients only those that teach something: where the
-    advantage is 0, so is the gradient, and the sampler's log-probabilities do. A prompt here is five times as long
-    as a response, and this is what makes the runs affordable on a CPU."""
-    def __init__(self, recipe): self.inner, self.teaching = recipe, None
-
-    def recipe(self):
-        def advantage(r, step):
-            A = self.inner.advantage(r, step)
-            self.teaching = A.flatten().nonzero()[:, 0]
-            return A
-        return replace(self.inner, advantage=advantage)
-
-    def __call__(self, model, r, temperature=1.0):
-        B, G, T = r.response_ids.shape
-        every = torch.arange(B * G)
-        rows = self.teaching if torch.is_grad_enabled() and len(self.teaching) else every
-        prompts = [i[m.bool()].tolist() for i, m in zip(r.prompt_ids, r.prompt_mask)]
-        k = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        head = model(input_ids=torch.tensor([prompts[0][:k]]), use_cache=True, logits_to_keep=1).past_key_values
-        head.batch_repeat_interleave(B)
-        w = max(map(len, prompts)) - k
-        tail, tail_mask = r.prompt_ids[:, -w:], r.prompt_mask[:, -w:].clone()
-        for m, x in zip(tail_mask, prompts): m[:w - len(x) + k] = 0                       # the head has been seen
-        seen = torch.cat([torch.ones(B, k, dtype=tail_mask.dtype), tail_mask], 1)
-        at = (seen.cumsum(1) - 1)[:, -w:]
-        out = model(input_ids=tail, attention_mask=seen, position_ids=at, past_key_values=head, use_cache=True,
-                    logits_to_keep=1)
-        ids, mask, logp = r.response_ids.flatten(0, 1), r.mask.flatten(0, 1), r.old_logp.flatten(0, 1).clone()
-        length = mask.sum(1)[rows]
-        for part in (rows[length <= length.float().mean()], rows[length > length.float().mean()]):
-            if not len(part): continue
-            n, q = int(mask[part].sum(1).max()), part // G
-            cache = DynamicCache([(layer.keys[q], layer.values[q]) for layer in out.past_key_values.layers])
-            logits = [out.logits[q]]
-            if n > 1:
-                now = torch.cat([seen[q], mask[part, :n - 1]], 1)
-                at = (now.cumsum(1) - 1)[:, 1 - n:].clamp(min=0)
-                logits.append(model(input_ids=ids[part, :n - 1], attention_mask=now, position_ids=at,
-                                    past_key_values=cache, use_cache=True).logits)
-            found = chunked_logps(torch.cat(logits, 1), ids[part, :n], temperature).where(mask[part, :n].bool(), 0)
-            logp = logp.index_put((part[:, None], torch.arange(n)), found)
-        return logp.view(B, G, T)
 
 
 def data(tokenizer, held_out):
@@ -169,10 +120,11 @@ if __name__ == "__main__":
         print(found)
     elif a.arm == "base": watch(model, 0)
     else:
-        capo.train.rollout_logps = frugal = Frugal(recipe(a.arm, about.get("settings")))
         steps = CSVLog(folder/"log.csv")
-        result = train(model, tokenizer, pool, frugal.recipe(), evaluate=watch, config=a.config, folder=folder,
-                       log=lambda row: (steps(row), print({k: round(v, 4) for k, v in row.items()}, flush=True)))
+        log = lambda row: (steps(row), print({k: round(v, 4) for k, v in row.items()}, flush=True))
+        method = recipe(a.arm, about.get("settings"))
+        with saving_bad_step(folder):
+            result = train(model, tokenizer, pool, method, evaluate=watch, log=log, config=a.config)
         # tokens that were computed with gradients and sampled, over the seconds of the steps alone
         tokens = sum(row["length"] for row in result.rows) * a.config.questions * a.config.group_size
         about |= {"step_seconds": sum(row["seconds"] for row in result.rows),

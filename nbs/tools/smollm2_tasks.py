@@ -13,7 +13,7 @@ import torch
 from capo.evaluate import evaluate
 from capo.rollout import HFSampler, rollout
 from capo.task import Problem, verify
-from capo.train import CSVLog
+from capo.folder import CSVLog
 
 DATA = Path(__file__).resolve().parents[1] / "data/smollm2"
 

@@ -1,13 +1,41 @@
 "00_calibration made false."
 from falsifications import Falsified
 
+ranks_agree = "test_close(auc(s, c), naive_auc(s, c)"
+
 FALSE = [
     Falsified("a tie counts one",
               find="+ (margin == 0) / 2).mean()",
               replace="+ (margin == 0)).mean()",
-              caught="test_close(auc(s, c), naive_auc(s, c)"),
+              caught=ranks_agree),
     Falsified("ranks forget ties",
               find="for side in (False, True))",
               replace="for side in (False, False))",
-              caught="test_close(auc(s, c), naive_auc(s, c)"),
+              caught=ranks_agree),
+    Falsified("the area is that of the other axis",
+              find="torch.trapezoid(right_in, wrong_in)",
+              replace="torch.trapezoid(wrong_in, right_in)",
+              caught="naive_auc(score, correct)"),
+    Falsified("a question of one class has AUC ½",
+              find="return wins / pairs",
+              replace="return (wins / pairs).nan_to_num(.5)",
+              caught="if not a.isnan(): test_close(auc(s, c), a.item()"),
+    Falsified("a response takes part in pairs of other questions",
+              find="pair = (correct & valid)[:, :, None] & (~correct & valid)[:, None, :]",
+              replace="pair = (correct & valid)[:, :, None] & (~correct & valid).any(0)[None, None, :]",
+              caught="test_close(auc(s, c), a.item()"),
+    Falsified("pooled AUC is AUC-mean",
+              find="pooled_auc", replace=lambda true: lambda s, c: 0.,
+              caught="assert pooled_auc(s, c) > .5"),
+    Falsified("the most confident of two is a matter of calibration alone",
+              find="(at_most ** n).diff()",
+              replace="(at_most ** (n + 2)).diff()",
+              caught="most_confident(*before, 1), accuracy(before)"),
+    Falsified("the better judge wins at any coverage",
+              find="precision", replace=lambda true: lambda s, c, share: true(s, c, share / 5),
+              caught="precision(*before, 1.) < precision(*after, 1.)"),
+    Falsified("padding is a response",
+              find="torch.arange(G) < size[:, None]",
+              replace="torch.arange(G) <= size[:, None]",
+              caught="assert valid.sum() == len(ids)"),
 ]
