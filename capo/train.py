@@ -372,9 +372,8 @@ def experience(
     step: int,                                                        # counted from 1
 ) -> tuple[Rollouts, dict[str, float]]:
     "The graded rollouts of a step, the same in every process, and what the log should know of how they came about."
-    extra: dict[str, float] = {}
     r = answered(sampler, policy, problems, verify, config, step)
-    if getattr(sampler, "external", False): r, extra = own_logps(r, policy, config)
+    r, extra = own_logps(r, policy, config) if getattr(sampler, "external", False) else (r, {})
     if reference: r = replace(r, ref_logp=reference(r))
     if processes()[1] == 1: return r, {"unverified": verify.take()} | extra
     found = exchange((r.map(lambda x: x.cpu()), verify.take(), extra))

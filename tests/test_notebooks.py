@@ -12,7 +12,8 @@ SECONDS = {
     "03_grpo.ipynb": 180,
     "04_advantage.ipynb": 180,
     "05_mask.ipynb": 180,
-    "06_misalignment.ipynb": 300,
+    "06_misalignment.ipynb": 180,
+    "07_limits.ipynb": 180,
     "10_answer.ipynb": 180,
     "11_task.ipynb": 180,
     "12_rollout.ipynb": 180,
@@ -31,6 +32,7 @@ SECONDS = {
     "42_smollm2.ipynb": 180,
     "43_trust.ipynb": 180,
     "44_qwen.ipynb": 180,
+    "50_trl.ipynb": 180,
     "60_cli.ipynb": 300,
     "index.ipynb": 180,
 }
