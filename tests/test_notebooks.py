@@ -32,6 +32,7 @@ SECONDS = {
     "42_smollm2.ipynb": 180,
     "43_trust.ipynb": 180,
     "44_qwen.ipynb": 180,
+    "50_trl.ipynb": 180,
     "60_cli.ipynb": 300,
     "index.ipynb": 180,
 }

@@ -66,7 +66,7 @@ def test_an_updates_gradient_is_its_own():
 def test_training_raises_the_reward(recipe, lora):
     config = TrainConfig(steps=15, questions=16, group_size=8, lr=5e-2 if lora else 2e-2, lora_rank=lora)
     rewards = [row["reward"] for row in run(recipe, config).rows]
-    assert sum(rewards[-5:]) / 5 > rewards[0] + .2
+    assert sum(rewards[-5:]) / 5 > rewards[0] + .1                               # .27 to .87 over four seeds
 
 
 def test_lora_leaves_the_base_weights_untouched():
