@@ -34,6 +34,7 @@ SECONDS = {
     "43_trust.ipynb": 180,
     "44_qwen.ipynb": 180,
     "50_trl.ipynb": 180,
+    "51_verl.ipynb": 180,
     "60_cli.ipynb": 300,
     "index.ipynb": 180,
 }
