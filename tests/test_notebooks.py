@@ -22,6 +22,7 @@ SECONDS = {
     "22_responses.ipynb": 180,
     "23_evaluate.ipynb": 180,
     "24_report.ipynb": 180,
+    "27_policy.ipynb": 180,
     "28_folder.ipynb": 180,
     "29_processes.ipynb": 180,
     "30_recipe.ipynb": 180,
