@@ -83,7 +83,9 @@ class _OwnCache:
         self.model, position = model, _positions(model, prompt_mask)
         inputs = {"input_ids": prompt_ids, "attention_mask": prompt_mask, "logits_to_keep": 1} | position
         out = model(**inputs, use_cache=True)
-        self.cache, self.logits, self.seen = out.past_key_values, out.logits[of, -1], prompt_mask[of]
+        self.cache, self.logits, self.seen = getattr(out, "past_key_values", None), out.logits[of, -1], prompt_mask[of]
+        if not hasattr(self.cache, "reorder_cache"):
+            raise ValueError(f"{type(model).__name__} has no key–value cache, which HFSampler needs")
         self.position = {k: v[of, -1:] for k, v in position.items()}
         self.cache.reorder_cache(of)
 
