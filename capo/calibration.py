@@ -7,6 +7,7 @@ __all__ = ['as_correct', 'check_groups', 'auc', 'pair_counts', 'group_auc', 'auc
 
 # %% ../nbs/00_calibration.ipynb #97fecca4
 from collections.abc import Hashable, Iterable
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -51,13 +52,13 @@ def auc(
 ) -> float:
     """Area under the ROC curve of `score` for `correct`, ties ½; nan when there is one class only.
 
-    `O(N log N)`, exact in float64, on any device. Raises `ValueError` on shapes that disagree, NaN or infinite scores,
+    `O(N log N)`, exact, on any device. Raises `ValueError` on shapes that disagree, NaN or infinite scores,
     values of `correct` other than 0 and 1."""
     score, correct, _ = check_groups(score, correct, axes=1)
-    score, correct = score.cpu().double(), correct.cpu()
-    right, wrong = score[correct].sort().values, score[~correct].sort().values
+    values, is_right = score.cpu().numpy(), correct.cpu().numpy()
+    right, wrong = np.sort(values[is_right]), np.sort(values[~is_right])
     if not len(right) or not len(wrong): return float("nan")
-    wins = sum(torch.searchsorted(wrong, right, right=side).sum().item() for side in (False, True))
+    wins = sum(int(np.searchsorted(wrong, right, side).sum()) for side in ("left", "right"))
     return wins / (2 * len(right) * len(wrong))
 
 # %% ../nbs/00_calibration.ipynb #5b296ea5
