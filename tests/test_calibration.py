@@ -25,7 +25,8 @@ def test_auc_is_exact_on_many_responses():
 def test_auc_depends_on_order_only(case, seed):
     score, correct, _ = (x[0] for x in case)
     p = shuffle(len(score), seed)
-    for other in (auc(score[p], correct[p]), auc(score.exp(), correct), auc(3 * score - 7, correct)): same(auc(score, correct), other)
+    for moved in (score.exp(), 3 * score - 7): same(auc(moved, correct), auc(score, correct))
+    same(auc(score[p], correct[p]), auc(score, correct))
     same(auc(-score, correct), 1 - auc(score, correct))
     same(auc(score, ~correct), 1 - auc(score, correct))
 
@@ -97,4 +98,5 @@ def test_any_type_of_score_and_label(dtype):
 def test_float64_and_integers_are_not_rounded():
     large = torch.tensor([2**24 + 1, 2**24])
     score = 1 + torch.tensor([[1e-12, 0.]], dtype=torch.float64)
-    for s in (score, large[None]): assert auc(s[0], torch.tensor([1, 0])) == group_auc(s, torch.tensor([[1, 0]])).item() == 1
+    for s in (score, large[None]):
+        assert auc(s[0], torch.tensor([1, 0])) == group_auc(s, torch.tensor([[1, 0]])).item() == 1

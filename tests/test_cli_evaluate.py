@@ -19,15 +19,21 @@ from capo.task import INSTRUCTION, Problem, arithmetic, arithmetic_tokenizer, ti
 PROBLEMS = arithmetic(10, seed=4, distinct=True)
 
 
+def write_sums():
+    lines = [json.dumps({"question": p.prompt, "answer": p.answer}) + "\n" for p in PROBLEMS]
+    Path("sums.jsonl").write_text("".join(lines))
+
+
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     "An empty folder with ten sums."
     monkeypatch.chdir(tmp_path)
-    Path("sums.jsonl").write_text("".join(json.dumps({"question": p.prompt, "answer": p.answer}) + "\n" for p in PROBLEMS))
+    write_sums()
     return tmp_path
 
 
-RUN = ["evaluate", "--model", "tiny", "--data", "sums.jsonl", "-n", "3", "--batch", "2", "--max-new-tokens", "12", "--out", "out"]
+RUN = ["evaluate", "--model", "tiny", "--data", "sums.jsonl", "-n", "3", "--batch", "2", "--max-new-tokens", "12",
+       "--out", "out"]
 
 
 def complaint(capsys, *argv, code=2):
@@ -50,12 +56,16 @@ def test_from_a_model_to_a_report(capsys):
     said = capsys.readouterr().out
     assert sorted(p.name for p in Path("out").iterdir()) == sorted(["config.json", "responses.jsonl", *REPORT])
     r = read_responses("out/responses.jsonl")
-    assert r.id == [str(i) for i in range(10)] and r.valid.sum() == 30 and r.refused == 0 and r.prompt == [p.prompt for p in PROBLEMS]
+    assert r.id == [str(i) for i in range(10)] and r.valid.sum() == 30 and r.refused == 0
+    assert r.prompt == [p.prompt for p in PROBLEMS]
     assert r.correct.tolist() == [[verify(t, p.answer) for t in ts] for ts, p in zip(r.text, PROBLEMS)]
     accuracy = json.loads(Path("out/summary.json").read_text())["sets"]["out"]["numbers"]["accuracy"]["value"]
-    assert f"| accuracy, mean of n           | {accuracy:.3f} " in said and "out/report.html" in said and "10 questions of sums.jsonl, 3 responses each by tiny" in said
+    assert f"| accuracy, mean of n           | {accuracy:.3f} " in said
+    assert "out/report.html" in said
+    assert "10 questions of sums.jsonl, 3 responses each by tiny" in said
     about = json.loads(Path("out/config.json").read_text())
-    assert about["run"]["n"] == 3 and about["run"]["questions"] == 10 and about["made_with"]["command"].startswith("capo evaluate --model tiny")
+    assert about["run"]["n"] == 3 and about["run"]["questions"] == 10
+    assert about["made_with"]["command"].startswith("capo evaluate --model tiny")
 
 
 def test_a_finished_run_is_not_sampled_again(capsys, monkeypatch):
@@ -94,7 +104,7 @@ def whole(tmp_path_factory):
     "The file of an uninterrupted run."
     before, folder = Path.cwd(), tmp_path_factory.mktemp("whole")
     os.chdir(folder)
-    Path("sums.jsonl").write_text("".join(json.dumps({"question": p.prompt, "answer": p.answer}) + "\n" for p in PROBLEMS))
+    write_sums()
     try:
         assert finish() == 0
         return Path("out/responses.jsonl").read_bytes()
@@ -121,7 +131,8 @@ def test_another_run_is_named_by_its_differences_and_left_alone(capsys):
     assert main(RUN) == 0
     before = {p: Path(p).read_bytes() for p in files()}
     said = complaint(capsys, *RUN, "--seed", "1", "--temperature", "0.5")
-    assert said == "out holds another run, its seed was 0 and is 1; its temperature was 1.0 and is 0.5; name a new folder"
+    other = "its seed was 0 and is 1; its temperature was 1.0 and is 0.5"
+    assert said == f"out holds another run, {other}; name a new folder"
     Path("sums.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n' * 10)
     assert "its prompts and answers was " in complaint(capsys, *RUN)
     Path("sums.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
@@ -153,8 +164,12 @@ def test_a_kill_before_the_first_response_leaves_no_obstacle():
     assert same_run("out", {"a": 1}, {"other": 1}) == Path("out")
 
 
-BAD = {"-n 0": "n must be at least 1; it is 0", "--batch 0": "batch must be", "--max-new-tokens 0": "max-new-tokens must", "--temperature 0": "temperature must be a positive number", "--temperature nan": "temperature must",
-       "--precision 90": "precision must lie", "--data none.jsonl": "there is no file none.jsonl", "--model ./none": "there is no folder ./none", "--model none": "none cannot be loaded: ", "--questions 0": "n must be at least 1",
+BAD = {"-n 0": "n must be at least 1; it is 0", "--batch 0": "batch must be",
+       "--max-new-tokens 0": "max-new-tokens must", "--temperature 0": "temperature must be a positive number",
+       "--temperature nan": "temperature must",
+       "--precision 90": "precision must lie", "--data none.jsonl": "there is no file none.jsonl",
+       "--model ./none": "there is no folder ./none", "--model none": "none cannot be loaded: ",
+       "--questions 0": "n must be at least 1",
        "--chat": "no chat template", "--answer-column x": "no column 'x'"}
 
 
@@ -164,7 +179,8 @@ def test_bad_values_give_one_sentence_and_no_file(options, capsys, monkeypatch):
     assert BAD[options] in complaint(capsys, *RUN, *options.split()) and files() == []
 
 
-@pytest.mark.parametrize("command", ["evaluate", "evaluate --model tiny", "report", "evaluate --model tiny --data x --dtype int8", "report x --n 3"])
+@pytest.mark.parametrize("command", ["evaluate", "evaluate --model tiny", "report",
+                                     "evaluate --model tiny --data x --dtype int8", "report x --n 3"])
 def test_missing_and_unknown_options_stop_with_2(command, capsys):
     with pytest.raises(SystemExit) as stop: main(command.split())
     assert stop.value.code == 2 and "usage: capo" in capsys.readouterr().err and files() == []
@@ -181,13 +197,16 @@ def test_a_lora_adapter_is_loaded_with_its_base(tmp_path):
     torch.manual_seed(0)
     tiny_lm(16, 1, 2).save_pretrained("m")
     from transformers import AutoModelForCausalLM
-    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained("m"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained("m"),
+                           LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
     tuned.save_pretrained("adapter")
     x = torch.tensor([[2, 3, 4]])
     assert torch.allclose(load_model("adapter")(x).logits, tuned(x).logits, atol=1e-5)
     assert not torch.allclose(load_model("m")(x).logits, tuned(x).logits, atol=1e-3)
-    assert len(load_tokenizer("adapter")) == 16 and fingerprint("adapter") != fingerprint("m") and fingerprint("none") is None
-    assert main(["evaluate", "--model", "adapter", "--data", "sums.jsonl", "-n", "2", "--max-new-tokens", "4", "--out", "out"]) == 0
+    assert len(load_tokenizer("adapter")) == 16 and fingerprint("adapter") != fingerprint("m")
+    assert fingerprint("none") is None
+    assert main(["evaluate", "--model", "adapter", "--data", "sums.jsonl", "-n", "2", "--max-new-tokens", "4", "--out",
+                 "out"]) == 0
 
 
 def test_prompts_are_what_the_model_expects():
@@ -204,7 +223,8 @@ def test_prompts_are_what_the_model_expects():
 # The report.
 
 def recorded(path, n=3, flip=False, extra=""):
-    rows = [{"id": q, "response": f"{q}", "correct": int((q + g) % 2 == flip), "lpm": -.1 - g / 10} for q in range(5) for g in range(n)]
+    row = lambda q, g: {"id": q, "response": f"{q}", "correct": int((q + g) % 2 == flip), "lpm": -.1 - g / 10}
+    rows = [row(q, g) for q in range(5) for g in range(n)]
     Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows) + extra)
 
 
@@ -212,17 +232,21 @@ def test_a_report_of_two_files(capsys):
     recorded("a.jsonl"); recorded("b.jsonl", flip=True)
     assert main(["report", "a.jsonl", "b.jsonl", "--out", "new/folder", "--resamples", "20"]) == 0
     said = capsys.readouterr().out
-    assert sorted(p.name for p in Path("new/folder").iterdir()) == REPORT and "minus the first" in said and "new/folder/report.html" in said and "`a`" in said
+    assert sorted(p.name for p in Path("new/folder").iterdir()) == REPORT
+    assert "minus the first" in said and "new/folder/report.html" in said and "`a`" in said
 
 
 def test_a_report_of_a_file_with_flaws(capsys):
     recorded("a.jsonl", extra='{"id": 1}\nx\n')
     assert main(["report", "a.jsonl", "--resamples", "5"]) == 0
     said = capsys.readouterr().out
-    assert "a.jsonl, line 16: it has neither lpm nor logps" in said and "Lines that could not be used: 2." in said and "runs/report-" in said
+    assert "a.jsonl, line 16: it has neither lpm nor logps" in said
+    assert "Lines that could not be used: 2." in said and "runs/report-" in said
 
 
-@pytest.mark.parametrize("content, words", [("", "there is no response in a.jsonl: it is empty"), ("x\n", "none of its 1 lines can be used; the first: a.jsonl, line 1: it is not JSON"), (None, "there is no file a.jsonl")])
+@pytest.mark.parametrize("content, words", [
+    ("", "there is no response in a.jsonl: it is empty"), (None, "there is no file a.jsonl"),
+    ("x\n", "none of its 1 lines can be used; the first: a.jsonl, line 1: it is not JSON")])
 def test_a_report_of_nothing_is_a_sentence(capsys, content, words):
     if content is not None: Path("a.jsonl").write_text(content)
     assert words in complaint(capsys, "report", "a.jsonl", "--out", "out") and not Path("out").exists()
@@ -230,7 +254,8 @@ def test_a_report_of_nothing_is_a_sentence(capsys, content, words):
 
 def test_bad_options_of_a_report(capsys):
     recorded("a.jsonl")
-    for options, words in (("--resamples 0", "n must be at least 1"), ("--precision 2", "precision must lie"), ("a.jsonl", "different files"), ("--out a.jsonl", "another run")):
+    for options, words in (("--resamples 0", "n must be at least 1"), ("--precision 2", "precision must lie"),
+                           ("a.jsonl", "different files"), ("--out a.jsonl", "another run")):
         assert words in complaint(capsys, "report", "a.jsonl", *options.split())
     assert files() == ["a.jsonl"]
 
@@ -239,4 +264,5 @@ def test_what_vllm_cannot_do_is_said(capsys, monkeypatch):
     assert "vLLM takes a whole model" in complaint(capsys, *RUN, "--vllm") and files() == []
     tiny_lm(16, 1, 2).save_pretrained("m")
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
-    assert 'pip install "capo-rl[vllm]"' in complaint(capsys, *RUN[:2], "m", *RUN[3:], "--vllm") and not Path("out").exists()
+    assert 'pip install "capo-rl[vllm]"' in complaint(capsys, *RUN[:2], "m", *RUN[3:], "--vllm")
+    assert not Path("out").exists()

@@ -13,8 +13,9 @@ from hypothesis import given, strategies as st
 
 from capo import compare as lib
 from capo.calibration import auc_mean, group_auc, pair_auc, pooled_auc
-from capo.compare import (Job, arms, at_accuracy, compare, draw, equal_accuracy, evaluator, held_out_questions, make_base, mixed_in_all, new_folder,
-                          over_seeds, run_job, summarise, table, training_questions)
+from capo.compare import (
+    Job, arms, at_accuracy, compare, draw_comparison, equal_accuracy, evaluator, final_numbers, held_out_questions,
+    make_base, mixed_in_all, new_folder, over_seeds, run_job, summarise, training_questions)
 from capo.evaluate import accuracy, most_confident
 from capo.recipe import capo, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
@@ -30,7 +31,8 @@ def quick(folder, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lib, "ProcessPoolExecutor", InProcess)
         patch.setattr(lib, "summarise", partial(summarise, resamples=10))
-        return compare(folder, **dict(makers={k: arms()[k] for k in ("grpo", "capo")}, seeds=(0, 3), config=QUICK, questions=12, samples=4) | options)
+        return compare(folder, **dict(makers={k: arms()[k] for k in ("grpo", "capo")}, seeds=(0, 3), config=QUICK,
+                                      questions=12, samples=4) | options)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +53,13 @@ RUNS = ["grpo-0", "capo-0", "grpo-3", "capo-3"]
 
 def test_the_files_of_a_comparison(done):
     folder, summary = done
-    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == sorted(
-        ["config.json", "summary.json", "comparison.png", "base-0.jsonl.gz", "base-3.jsonl.gz"] + [f"{r}/{f}" for r in RUNS for f in ("log.csv", "evals.csv", "responses.jsonl.gz")])
+    of_all = ["config.json", "summary.json", "comparison.png", "base-0.jsonl.gz", "base-3.jsonl.gz"]
+    of_each = [f"{r}/{f}" for r in RUNS for f in ("log.csv", "evals.csv", "responses.jsonl.gz")]
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == sorted(of_all + of_each)
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     about = json.loads((folder / "config.json").read_text())
-    assert about["train"]["steps"] == 4 and about["seeds"] == [0, 3] and about["command"] == "a word" and list(about["arms"]) == ["grpo", "capo"]
+    assert about["train"]["steps"] == 4 and about["seeds"] == [0, 3]
+    assert about["command"] == "a word" and list(about["arms"]) == ["grpo", "capo"]
     assert (folder / "comparison.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -66,7 +70,8 @@ def test_the_logs_have_a_row_a_step_and_an_evaluation(done):
         assert [row["step"] for row in rows(folder / r / "log.csv")] == ["1", "2", "3", "4"]
         evals = [{k: float(v) for k, v in row.items()} for row in rows(folder / r / "evals.csv")]
         assert [row["step"] for row in evals] == [0, 2, 4]
-        mine = [{k: v for k, v in e.items() if k not in ("arm", "seed")} for e in summary["evals"] if e["arm"] == arm and e["seed"] == int(seed)]
+        of = [e for e in summary["evals"] if e["arm"] == arm and e["seed"] == int(seed)]
+        mine = [{k: v for k, v in e.items() if k not in ("arm", "seed")} for e in of]
         assert evals == [pytest.approx(e, rel=1e-5, nan_ok=True) for e in mine]
 
 
@@ -74,7 +79,8 @@ def test_the_arms_start_from_the_same_model_questions_and_draws(done):
     folder, _ = done
     for seed in (0, 3):
         a, b = (folder / f"{arm}-{seed}" for arm in ("grpo", "capo"))
-        assert rows(a / "evals.csv")[0] == rows(b / "evals.csv")[0] and rows(a / "evals.csv")[2] != rows(b / "evals.csv")[2]
+        assert rows(a / "evals.csv")[0] == rows(b / "evals.csv")[0]
+        assert rows(a / "evals.csv")[2] != rows(b / "evals.csv")[2]
         same = ("reward", "auc_mean", "entropy", "length", "lpm_right")
         first, other = rows(a / "log.csv")[0], rows(b / "log.csv")[0]
         assert [first[k] for k in same] == [other[k] for k in same]
@@ -87,12 +93,16 @@ def test_the_responses_are_those_that_the_last_evaluation_scored(done):
     for arm in ("grpo", "capo"):
         both = [responses(folder / f"{arm}-{seed}" / "responses.jsonl.gz") for seed in (0, 3)]
         for found in both:
-            assert [(x["id"], x["prompt"], x["reference"]) for x in found] == [(q, p.prompt, p.answer) for q, p in enumerate(questions) for _ in range(4)]
-            assert all(x["correct"] == verify(x["response"], x["reference"]) for x in found)         # none of these is truncated
+            asked = [(q, p.prompt, p.answer) for q, p in enumerate(questions) for _ in range(4)]
+            assert [(x["id"], x["prompt"], x["reference"]) for x in found] == asked
+            # none of these is truncated
+            assert all(x["correct"] == verify(x["response"], x["reference"]) for x in found)
         base = responses(folder / "base-0.jsonl.gz")
-        assert sum(x["correct"] for x in base) / 48 == pytest.approx(summary["final"]["base"]["accuracy"]["by_seed"][0]) and base != both[0]
+        assert sum(x["correct"] for x in base) / 48 == pytest.approx(summary["final"]["base"]["accuracy"]["by_seed"][0])
+        assert base != both[0]
         final, right = summary["final"][arm], [sum(x["correct"] for x in found) / 48 for found in both]
-        assert final["accuracy"]["by_seed"] == pytest.approx(right) and final["accuracy"]["mean"] == pytest.approx(sum(right) / 2)
+        assert final["accuracy"]["by_seed"] == pytest.approx(right)
+        assert final["accuracy"]["mean"] == pytest.approx(sum(right) / 2)
         score, correct = (torch.tensor([x[k] for x in both[0]]).view(12, 4) for k in ("lpm", "correct"))
         assert final["auc_mean"]["by_seed"][0] == pytest.approx(auc_mean(score, correct)[0], nan_ok=True)
     assert [x["response"] for x in both[0]] != [x["response"] for x in both[1]]
@@ -120,10 +130,12 @@ def test_lora_and_a_base_of_its_own_for_each_seed(tmp_path, monkeypatch):
         return folder
 
     monkeypatch.setattr(lib, "make_base", make)
-    summary = quick(tmp_path / "new", makers={"capo": arms()["capo"]}, fresh_base=True, config=TrainConfig(steps=1, questions=4, group_size=4, lora_rank=2))
+    summary = quick(tmp_path / "new", makers={"capo": arms()["capo"]}, fresh_base=True,
+                    config=TrainConfig(steps=1, questions=4, group_size=4, lora_rank=2))
     assert made == [(s, str(tmp_path / "new" / f"base-{s}")) for s in (0, 3)]
     first = [next(e for e in summary["evals"] if e["seed"] == s) for s in (0, 3)]
-    assert first[0]["lpm"] != first[1]["lpm"] and all(e["accuracy"] < .1 for e in first)          # random models, not the shipped one
+    # random models, not the shipped one
+    assert first[0]["lpm"] != first[1]["lpm"] and all(e["accuracy"] < .1 for e in first)
 
 
 def test_rescored_auc_ranks_the_base_models_responses_by_the_policy():
@@ -148,11 +160,15 @@ def test_held_out_questions_are_distinct_and_never_trained_on():
 
 def test_the_arms_and_their_settings():
     g = torch.Generator().manual_seed(0)
-    r = rollouts(-torch.rand(6, 8, generator=g), torch.rand(6, 8, generator=g) < .5, ref_ppl=1 + 3 * torch.rand(6, 8, generator=g))
-    want = {"grpo": grpo(), "capo": capo(.7, 1.5, 2., grpo_size), "grpo-mask": grpo(True, 1.5, 2.), "capo-nomask": capo(.7, 1, math.inf, grpo_size)}
-    made = pickle.loads(pickle.dumps(arms(.7, 1.5, 2.)))                                           # as it goes to a worker
+    r = rollouts(-torch.rand(6, 8, generator=g), torch.rand(6, 8, generator=g) < .5,
+                 ref_ppl=1 + 3 * torch.rand(6, 8, generator=g))
+    want = {"grpo": grpo(), "capo": capo(.7, 1.5, 2., grpo_size), "grpo-mask": grpo(True, 1.5, 2.),
+            "capo-nomask": capo(.7, 1, math.inf, grpo_size)}
+    # as it goes to a worker
+    made = pickle.loads(pickle.dumps(arms(.7, 1.5, 2.)))
     assert list(made) == list(want)
-    for k, make in made.items(): assert make().advantage(r, 0).equal(want[k].advantage(r, 0)) and (make().keep is None) == (want[k].keep is None)
+    for k, make in made.items():
+        assert make().advantage(r, 0).equal(want[k].advantage(r, 0)) and (make().keep is None) == (want[k].keep is None)
     assert pickle.loads(pickle.dumps(Job("grpo", grpo, BASE, "x", QUICK))) == Job("grpo", grpo, BASE, "x", QUICK)
 
 
@@ -164,7 +180,8 @@ def test_a_job_does_not_touch_the_folder_of_another(tmp_path):
 
 def test_a_base_model_is_made_by_its_seed(tmp_path):
     from transformers import AutoModelForCausalLM
-    a, b, c = (AutoModelForCausalLM.from_pretrained(make_base(seed, str(tmp_path / name), 2)) for seed, name in ((1, "a"), (1, "b"), (2, "c")))
+    made = [make_base(seed, str(tmp_path / name), 2) for seed, name in ((1, "a"), (1, "b"), (2, "c"))]
+    a, b, c = map(AutoModelForCausalLM.from_pretrained, made)
     equal = lambda x, y: all(p.equal(q) for p, q in zip(x.parameters(), y.parameters()))
     assert equal(a, b) and not equal(a, c) and not equal(a, tiny_lm(seed=1))
 
@@ -192,13 +209,16 @@ def test_a_new_folder_is_new_or_empty(tmp_path):
 
 # Statistics
 
-CURVE = [{"step": s, "accuracy": a, "auc_mean": u} for s, a, u in ((0, .1, .8), (50, .3, .7), (100, .2, .9), (150, .5, .6))]
+CURVE = [dict(zip(("step", "accuracy", "auc_mean"), row))
+         for row in ((0, .1, .8), (50, .3, .7), (100, .2, .9), (150, .5, .6))]
 
 
-@pytest.mark.parametrize("target, step, auc", [(.05, 0, .8), (.1, 0, .8), (.2, 25, .75), (.3, 50, .7), (.4, 100 + 100 / 3, .7), (.5, 150, .6)])
+@pytest.mark.parametrize("target, step, auc", [(.05, 0, .8), (.1, 0, .8), (.2, 25, .75), (.3, 50, .7),
+                                               (.4, 100 + 100 / 3, .7), (.5, 150, .6)])
 def test_the_row_where_an_accuracy_is_first_reached(target, step, auc):
     row = at_accuracy(CURVE, target)
-    assert row["step"] == pytest.approx(step) and row["auc_mean"] == pytest.approx(auc) and row["accuracy"] == pytest.approx(max(target, .1))
+    assert row["step"] == pytest.approx(step) and row["auc_mean"] == pytest.approx(auc)
+    assert row["accuracy"] == pytest.approx(max(target, .1))
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0, 1))
@@ -213,11 +233,14 @@ def test_any_accuracy_up_to_the_best_is_met(values, target):
 
 
 def test_equal_accuracy_is_the_highest_that_both_reach_seed_by_seed():
-    of = lambda arm, seed, acc: [{"arm": arm, "seed": seed, "step": 50 * i, "accuracy": a, "auc_mean": 1 - a} for i, a in enumerate(acc)]
-    evals = of("a", 0, [.1, .5]) + of("a", 4, [.1, .3]) + of("b", 0, [.1, .3, .2]) + of("b", 4, [.2, .4, .8]) + of("c", 0, [.9])
+    def of(arm, seed, *accuracy):
+        row = {"arm": arm, "seed": seed}
+        return [row | {"step": 50 * i, "accuracy": a, "auc_mean": 1 - a} for i, a in enumerate(accuracy)]
+    evals = of("a", 0, .1, .5) + of("a", 4, .1, .3) + of("b", 0, .1, .3, .2) + of("b", 4, .2, .4, .8) + of("c", 0, .9)
     one, two = equal_accuracy(evals, "a", "b")
     assert (one["seed"], two["seed"]) == (0, 4) and one["accuracy"] == two["accuracy"] == .3
-    assert one["a"] == pytest.approx({"step": 25, "accuracy": .3, "auc_mean": .7}) and one["b"] == pytest.approx({"step": 50, "accuracy": .3, "auc_mean": .7})
+    assert one["a"] == pytest.approx({"step": 25, "accuracy": .3, "auc_mean": .7})
+    assert one["b"] == pytest.approx({"step": 50, "accuracy": .3, "auc_mean": .7})
     assert two["a"]["step"] == pytest.approx(50) and two["b"]["step"] == pytest.approx(25)
 
 
@@ -239,8 +262,10 @@ def test_a_statistic_over_seeds_is_the_mean_of_each_seeds_own():
 
 def test_the_summary_by_hand():
     summary = summarise(FAKES, resamples=40)
-    assert summary["seeds"] == [2, 5] and list(summary["final"]) == ["base", "grpo", "capo-x"] and len(summary["evals"]) == 8
-    functions = {"accuracy": lambda s, c: accuracy(c).mean(), "auc_mean": lambda s, c: auc_mean(s, c)[0], "pooled_auc": pooled_auc, "pair_auc": pair_auc,
+    assert summary["seeds"] == [2, 5] and list(summary["final"]) == ["base", "grpo", "capo-x"]
+    assert len(summary["evals"]) == 8
+    functions = {"accuracy": lambda s, c: accuracy(c).mean(), "auc_mean": lambda s, c: auc_mean(s, c)[0],
+                 "pooled_auc": pooled_auc, "pair_auc": pair_auc,
                  "most_confident": lambda s, c: most_confident(s, c).mean()}
     for arm, when in (("base", "first"), ("grpo", "last"), ("capo-x", "last")):
         mine = [x for x in FAKES if x["arm"] == ("grpo" if arm == "base" else arm)]
@@ -250,9 +275,10 @@ def test_the_summary_by_hand():
             assert final[k]["by_seed"] == pytest.approx(values) and final[k]["mean"] == pytest.approx(sum(values) / 2)
             assert final[k]["interval"][0] < final[k]["mean"] < final[k]["interval"][1]
         row = [x["evals"][0 if arm == "base" else 1] for x in mine]
-        assert final["entropy"] == {"mean": pytest.approx(row[0]["entropy"] / 2 + row[1]["entropy"] / 2), "by_seed": [r["entropy"] for r in row]}
+        assert final["entropy"] == {"mean": pytest.approx(row[0]["entropy"] / 2 + row[1]["entropy"] / 2),
+                                    "by_seed": [r["entropy"] for r in row]}
         assert final["mixed_questions"]["by_seed"] == [r["mixed_questions"] for r in row]
-        if arm != "base": assert final["seconds"] == {"mean": 4.5} and final["masked"] == {"mean": .25}
+        if arm != "base": assert final["seconds"]["mean"] == 4.5 and final["masked"]["mean"] == .25
     for i, seed in enumerate((2, 5)):
         aucs = [group_auc(*(torch.tensor(d) for d in x["last"])) for x in FAKES if x["seed"] == seed]
         both = ~aucs[0].isnan() & ~aucs[1].isnan()
@@ -264,9 +290,9 @@ def test_the_summary_by_hand():
 
 def test_the_table_has_a_line_a_number_and_a_column_an_arm():
     summary = summarise(FAKES, resamples=20)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(summary).splitlines()]
-    assert {len(line) for line in lines} == {4} and lines[0] == ["", "base", "grpo", "capo-x"] and len({len(x) for x in table(summary).splitlines()}) == 1
-    body = {line[0]: line[1:] for line in lines[2:]}
+    head, *lines = final_numbers(summary).cells
+    assert {len(line) for line in lines} == {4} and head == ["", "base", "grpo", "capo-x"]
+    body = {line[0]: line[1:] for line in lines}
     for label, key in (("accuracy", "accuracy"), ("AUC-mean (headline)", "auc_mean"), ("AUC, pooled", "pooled_auc")):
         for cell, arm in zip(body[label], ("base", "grpo", "capo-x")):
             x = summary["final"][arm][key]
@@ -276,13 +302,14 @@ def test_the_table_has_a_line_a_number_and_a_column_an_arm():
 
 def test_the_figure_draws_means_and_bands_over_seeds():
     summary = summarise(FAKES, resamples=20)
-    axes = draw(summary).axes
+    axes = draw_comparison(summary).axes
     assert len(axes) == 3
     value = lambda arm, key, i: [x["evals"][i][key] for x in FAKES if x["arm"] == arm]
     for line, band, arm in zip(axes[0].lines, axes[0].collections, ("grpo", "capo-x")):
-        assert line.get_label() == arm and list(line.get_xdata()) == [0, 9]
+        assert line.get_label() == {"grpo": "GRPO"}.get(arm, arm) and list(line.get_xdata()) == [0, 9]
         assert list(line.get_ydata()) == pytest.approx([sum(value(arm, "accuracy", i)) / 2 for i in (0, 1)])
         y = band.get_paths()[0].vertices[:, 1]
-        assert {round(float(v), 5) for v in y} == {round(f(value(arm, "accuracy", i)), 5) for i in (0, 1) for f in (min, max)}
+        ends = {round(f(value(arm, "accuracy", i)), 5) for i in (0, 1) for f in (min, max)}
+        assert {round(float(v), 5) for v in y} == ends
     assert list(axes[2].lines[0].get_ydata()) == pytest.approx([sum(value("grpo", "auc_mean", i)) / 2 for i in (0, 1)])
-    assert len(draw(summary, ["grpo"]).axes[0].lines) == 1
+    assert len(draw_comparison(summary, ["grpo"]).axes[0].lines) == 1

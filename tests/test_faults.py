@@ -21,11 +21,14 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+import capo.folder as folders
+import capo.run as runs
 import capo.train as training
+from capo.folder import Broken, Checkpoints, CheckpointFailed, CSVLog, damage, settings
 from capo.recipe import capo, grpo
 from capo.rollout import HFSampler
-from capo.train import (Broken, Checkpoints, CheckpointFailed, CSVLog, NonFiniteLoss, RunConfig, TrainConfig, Validation, damage, run,
-                        settings, train)
+from capo.run import RunConfig, Validation, keeping, run
+from capo.train import NonFiniteLoss, TrainConfig, train
 from helpers import has_a_seven, model, problems, tokenizer
 
 tqdm.set_lock(threading.RLock())                                                    # its own is shared with children, and dies with one that holds it
@@ -40,13 +43,17 @@ def lucky(text, answer):
     return has_a_seven(text, answer) and numpy.random.rand() < .9
 
 
-def go(folder, config=TINY, policy=None, recipe=None, verify=lucky, resume=True, wrap=lambda f: f, data=problems, **options):
+def go(folder, config=TINY, policy=None, recipe=capo(.5, 1.5, 20.), verify=lucky, resume=True, wrap=lambda f: f, data=problems,
+       accept_changes=False):
     "A run in a folder, or what is left of it, with its two logs."
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0); numpy.random.seed(0)
-    evaluation = wrap(Validation(problems[:3], 2, lambda policy: HFSampler(policy, tokenizer, 8), has_a_seven, CSVLog(folder / "evals.csv", resume=True)))
-    return train(policy or model(), tokenizer, data, recipe or capo(.5, 1.5, 20.), verify=verify, evaluate=evaluation, log=CSVLog(folder / "log.csv", resume=True),
-                 config=config, folder=folder, resume=resume, **options)
+    policy, evals, log = policy or model(), CSVLog(folder / "evals.csv", resume=True), CSVLog(folder / "log.csv", resume=True)
+    evaluation = wrap(Validation(problems[:3], 2, lambda policy: HFSampler(policy, tokenizer, 8), has_a_seven, evals))
+    with keeping(folder, policy, data, recipe, config, resume, accept_changes, (log, evaluation)) as keeper:
+        result = train(policy, tokenizer, data, recipe, verify=verify, evaluate=evaluation, log=log, config=config, keeper=keeper)
+        result.checkpoint = keeper.checkpoint
+        return result
 
 
 def forked(f, during=lambda pid: None):
@@ -129,7 +136,7 @@ def test_a_run_killed_inside_a_checkpoint_keeps_the_one_before(whole, at, tmp_pa
         return g
 
     def child():
-        training.sync, Path.replace, shutil.rmtree = map(deadly, (training.sync, Path.replace, shutil.rmtree))
+        folders.to_disk, Path.replace, shutil.rmtree = map(deadly, (folders.to_disk, Path.replace, shutil.rmtree))
         def second(self, step, fill):
             if step == 4: seen.append(1)
             return save(self, step, fill)
@@ -191,9 +198,12 @@ def test_a_second_signal_interrupts_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt): go(tmp_path / "run", verify=verify)
 
 
-def test_without_checkpoints_signals_are_pythons(tmp_path):
+def test_without_a_keeper_signals_are_pythons():
     def verify(text, answer): signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt): train(model(), tokenizer, problems, grpo(), verify=verify, config=replace(TINY, save_every=0))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)               # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt): train(model(), tokenizer, problems, grpo(), verify=verify, config=replace(TINY, save_every=0))
+    finally: signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("how", ["cut", "flip", "gone", "manifest"])
@@ -271,7 +281,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         os.setgid(65534); os.setuid(65534)
         said = []
         for out in (tmp_path / "theirs", tmp_path / "theirs" / "new"):
-            try: training.claim(out, settings(RunConfig, SHORT), False)
+            try: runs.write_config(out, settings(RunConfig, SHORT), False)
             except OSError as e: said.append(str(e))
         return 0 if all(s == f"{o} cannot be written: Permission denied" for s, o in zip(said, (tmp_path / "theirs", tmp_path / "theirs" / "new"), strict=True)) else 3
 
@@ -319,7 +329,7 @@ def test_how_often_to_save_may_change(tmp_path):
 def test_checkpoints_of_another_run_are_not_mixed_in(tmp_path):
     go(tmp_path)
     with pytest.raises(FileExistsError, match="resume it, or name a new folder"): go(tmp_path, resume=False)
-    with pytest.raises(ValueError, match="save_every is 0"): train(model(), tokenizer, problems, config=replace(TINY, save_every=0), resume=True)
+    with pytest.raises(ValueError, match="save_every is 0"): go(tmp_path, replace(TINY, save_every=0))
 
 
 def fails_on(n, how):
@@ -385,10 +395,10 @@ def test_a_broken_run_names_its_last_checkpoint(tmp_path, monkeypatch):
 def test_the_generators_go_on_where_they_were():
     draw = lambda: [random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn(), torch.rand(1).item()]
     random.gauss(0, 1); numpy.random.randn()                                        # each keeps a second normal number for the next call
-    state = training.random_state()
+    state = runs.random_state()
     first = draw()
     assert draw() != first
-    training.set_random_state(state)
+    runs.set_random_state(state)
     assert draw() == first
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from capo.logprob import chunked_logps, gather_logps, mean_logp, perplexity, token_logps
-from helpers import V, each_model, model_of
+from capo.logprob import anatomy, gather_logps, head_logps, mean_logp, perplexity, shares, token_logps
+from helpers import V, each_model, llama, model_of
+
 
 def tokens(*shape, seed=0): return torch.randint(2, V, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -30,7 +31,8 @@ def test_every_token_is_what_the_models_own_loss_says(name, side):
     torch.testing.assert_close(found, want, rtol=0, atol=2e-5)
     assert want.abs().sum() > 1                                       # the model is not a uniform one
     for last in range(1, T + 1):
-        with torch.no_grad(): torch.testing.assert_close(token_logps(model, ids, mask, last=last), want[:, T - last:], rtol=0, atol=2e-5)
+        with torch.no_grad(): found = token_logps(model, ids, mask, last=last)
+        torch.testing.assert_close(found, want[:, T - last:], rtol=0, atol=2e-5)
 
 
 @each_model
@@ -63,15 +65,75 @@ def test_temperature_divides_the_logits(name):
         z = model_of(name)(input_ids=ids).logits[:, :-1]
         for T in (.5, 3.):
             want = torch.distributions.Categorical(logits=z / T).log_prob(ids[:, 1:])
-            torch.testing.assert_close(token_logps(model_of(name), ids, torch.ones_like(ids), temperature=T)[:, 1:], want, rtol=0, atol=2e-5)
+            found = token_logps(model_of(name), ids, torch.ones_like(ids), temperature=T)[:, 1:]
+            torch.testing.assert_close(found, want, rtol=0, atol=2e-5)
 
 
-@given(st.integers(1, 4), st.integers(0, 5), st.integers(2, 9), st.integers(1, 60), st.sampled_from([1., .5, 3.]), st.integers(0, 99))
-def test_chunks_of_any_size(N, T, V, budget, temperature, seed):
+@given(st.integers(0, 9), st.integers(2, 9), st.integers(1, 4), st.integers(1, 60), st.sampled_from([1., .5, 3.]),
+       st.sampled_from([None, 2.]), st.booleans(), st.integers(0, 99))
+def test_log_probs_from_hidden_states_and_their_gradients(N, V, D, budget, temperature, softcap, biased, seed):
+    "In chunks of any size, against autograd on all logits."
     g = torch.Generator().manual_seed(seed)
-    z, x = 50 * torch.randn(N, T, V, dtype=torch.float64, generator=g), torch.randint(V, (N, T), generator=g)
-    want = -torch.nn.functional.cross_entropy(z.movedim(-1, 1) / temperature, x, reduction="none")
-    torch.testing.assert_close(chunked_logps(z, x, temperature, budget), want, rtol=1e-12, atol=1e-12)
+    h, w, b = (3 * torch.randn(*shape, dtype=torch.float64, generator=g) for shape in ((N, D), (V, D), (V,)))
+    x, inputs = torch.randint(V, (N,), generator=g), [h.requires_grad_(), w.requires_grad_()] + biased * [b.requires_grad_()]
+    z = h @ w.T + (b if biased else 0)
+    if softcap: z = softcap * (z / softcap).tanh()
+    want = -torch.nn.functional.cross_entropy(z / temperature, x, reduction="none")
+    found = head_logps(h, w, x, b if biased else None, temperature, softcap, budget)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+    slopes = (torch.autograd.grad((logp * torch.arange(1., N + 1)).sum(), inputs) for logp in (found, want))
+    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(head_logps(h, w, x, b if biased else None, temperature, softcap, budget), want)
+
+
+def test_a_frozen_output_layer_gets_no_gradient_and_nothing_of_the_size_of_logits_is_kept():
+    h, w, x = torch.randn(32, 4, requires_grad=True), torch.randn(5000, 4), torch.randint(5000, (32,))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        logp = head_logps(h, w, x, budget=10_000)
+    logp.sum().backward()
+    assert h.grad.norm() > 0 and w.grad is None and max(kept) <= w.numel()
+    torch.testing.assert_close(h.grad, w[x] - (h @ w.T).softmax(-1) @ w, rtol=1e-4, atol=1e-4)
+
+
+@each_model
+def test_a_model_is_taken_apart_where_its_parts_give_its_logits(name):
+    model, ids = model_of(name), tokens(2, 5)
+    found = anatomy(model)
+    with torch.no_grad():
+        torch.testing.assert_close(found.layer(found.body(input_ids=ids).last_hidden_state), model(input_ids=ids).logits)
+    assert anatomy(model) is found and not model.training
+
+
+def test_what_does_not_fit_takes_the_plain_path():
+    "Logits that are scaled behind the output layer, and an adapter on it."
+    from peft import LoraConfig, get_peft_model
+
+    class Scaled(type(model_of("llama"))):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits / 3
+            return out
+
+    ids = tokens(3, 6)
+    for model in (Scaled(model_of("llama").config).eval(),
+                  get_peft_model(llama(), LoraConfig(init_lora_weights=False, target_modules=["lm_head"])).eval()):
+        assert anatomy(model) is None and not shares(model)
+        with torch.no_grad():
+            want = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+            torch.testing.assert_close(token_logps(model, ids, torch.ones_like(ids))[:, 1:], want, rtol=0, atol=2e-5)
+
+
+def test_trying_a_model_leaves_no_trace():
+    model = llama().train()
+    model.model.layers[0].eval()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    modes, state, rng = [m.training for m in model.modules()], model.config.to_dict(), torch.get_rng_state()
+    assert shares(model, 10)
+    assert modes == [m.training for m in model.modules()] and state == model.config.to_dict()
+    assert rng.equal(torch.get_rng_state()) and model.config._attn_implementation == "sdpa"
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

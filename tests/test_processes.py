@@ -14,17 +14,22 @@ torch.set_num_threads(1)
 from capo.recipe import capo
 from capo.rollout import HFSampler
 from capo.task import arithmetic, arithmetic_tokenizer, tiny_lm
-from capo.train import CSVLog, TrainConfig, join, processes, train
+from capo.folder import CSVLog
+from capo.processes import join_processes, processes
+from capo.run import keeping
+from capo.train import TrainConfig, train
 from pathlib import Path
 
 out, tokenizer, policy = Path(sys.argv[1]), arithmetic_tokenizer(), tiny_lm(16, 1, 2)
 with torch.no_grad(): policy.model.embed_tokens.weight.mul_(8)
-join()
+join_processes()
 rank = processes()[0]
 if rank == 0: out.mkdir()
 config = TrainConfig(steps=3, questions=5, group_size=4, updates=2, epochs=2, lr=1e-3, kl=.1, token_budget=60, save_every=2, temperature=1.)
-result = train(policy, tokenizer, arithmetic(40), capo(.5, 1.5, 20.), verify=lambda text, answer: "7" in text, config=config, folder=out,
-               evaluate=lambda policy, step: {"rank": rank}, log=CSVLog(out / "log.csv") if rank == 0 else None)
+log, recipe, problems = CSVLog(out / "log.csv") if rank == 0 else None, capo(.5, 1.5, 20.), arithmetic(40)
+with keeping(out, policy, problems, recipe, config) as keeper:
+    result = train(policy, tokenizer, problems, recipe, verify=lambda text, answer: "7" in text, config=config, log=log,
+                   evaluate=lambda policy, step: {"rank": rank}, keeper=keeper)
 torch.save({k: (p.detach(), p.grad) for k, p in result.model.named_parameters()}, f"{out}-{rank}.pt")
 assert (result.evals != []) == (rank == 0) and result.step == 3
 """

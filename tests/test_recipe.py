@@ -15,13 +15,15 @@ from helpers import close, groups, rollouts
 ALL = dict(ref_low=1, ref_high=math.inf)                                          # thresholds that drop nothing
 
 
-recipes_under_test = [grpo(), grpo(scale=False), capo(**ALL), capo(.2, scale=grpo_size, **ALL), grpo(ref_low=2., ref_high=3.), capo(.5, 2., 3.)]
-each_recipe = pytest.mark.parametrize("recipe", recipes_under_test, ids=["grpo", "centred", "capo", "capo, GRPO's size", "grpo, mask", "capo, mask"])
+recipes_under_test = [grpo(), grpo(scale=False), capo(**ALL), capo(.2, scale=grpo_size, **ALL),
+                      grpo(ref_low=2., ref_high=3.), capo(.5, 2., 3.)]
+each_recipe = pytest.mark.parametrize("recipe", recipes_under_test,
+                                      ids=["grpo", "centred", "capo", "capo, GRPO's size", "grpo, mask", "capo, mask"])
 
 
 @given(groups(), st.floats(20, 1e5))
 def test_for_large_tau_capo_at_grpos_size_is_grpo(case, tau):
-    "Every margin is at most 3, so each of the n pairs is off by at most 3/2τ, over n times a std that is at least 1/√n."
+    "Every margin is at most 3: each of n pairs is off by at most 3/2τ, over n times a std of at least 1/√n."
     r = rollouts(*case)
     gap = capo(tau, scale=grpo_size, **ALL).advantage(r, 0) - grpo().advantage(r, 0)
     assert (gap.abs() <= 3 / (2 * tau) * r.valid.sum(1, keepdim=True).sqrt() + 1e-5).all()
@@ -51,7 +53,8 @@ def test_the_mask_multiplies(case, seed):
 
 
 def test_a_masked_member_is_not_a_missing_one():
-    lpm, correct, ppl = torch.tensor([[-1., -.5, -2.]]), torch.tensor([[1, 0, 0]]).bool(), torch.tensor([[1.5, 1.5, 9.]])
+    lpm, correct = torch.tensor([[-1., -.5, -2.]]), torch.tensor([[1, 0, 0]]).bool()
+    ppl = torch.tensor([[1.5, 1.5, 9.]])
     found = capo(.5, 2., 3.).advantage(rollouts(lpm, correct, ref_ppl=ppl), 0)     # the second is a near miss: masked
     close(found, capo_advantage(lpm, correct, .5) * torch.tensor([[1, 0, 1]]), 1e-5)
     without = capo_advantage(lpm, correct, .5, valid=torch.tensor([[1, 0, 1]]))
@@ -101,7 +104,8 @@ def test_an_extreme_lpm_gives_finite_advantages(recipe):
 def test_the_defaults():
     "CAPO: the paper's τ, thresholds and size. GRPO: scaled and unmasked. Both: the clipped loss."
     g = torch.Generator().manual_seed(0)
-    lpm, correct, ppl = -torch.rand(6, 8, generator=g), torch.rand(6, 8, generator=g) < .5, torch.tensor([1.04, 1.06, 2.45, 2.55])[torch.randint(4, (6, 8), generator=g)]
+    lpm, correct = -torch.rand(6, 8, generator=g), torch.rand(6, 8, generator=g) < .5
+    ppl = torch.tensor([1.04, 1.06, 2.45, 2.55])[torch.randint(4, (6, 8), generator=g)]
     r = rollouts(lpm, correct, ref_ppl=ppl)
     close(capo().advantage(r, 0), capo_advantage(lpm, correct, .6) * noise_mask(ppl, correct, 1.05, 2.5), 1e-5)
     close(grpo().advantage(r, 0), grpo_advantage(correct.float()), 1e-6)
@@ -121,4 +125,5 @@ def test_the_reference_is_asked_for_only_when_something_can_be_dropped():
 def test_a_recipe_of_ones_own():
     r = rollouts(torch.tensor([[-1., -.5]]), torch.tensor([[True, False]]))
     mine = Recipe("mine", lambda r, step: r.reward * step)
-    assert replace(mine, name="other").advantage(r, 3).tolist() == [[3., 0.]] and mine.keep is None and mine.loss is clipped_loss
+    assert replace(mine, name="other").advantage(r, 3).tolist() == [[3., 0.]] and mine.keep is None
+    assert mine.loss is clipped_loss

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from capo.evaluate import evaluate
 from capo.responses import Responses, as_responses, cut_to_batches, read_responses, response_rows, sample_to_file, write_responses
 from capo.rollout import HFSampler, Rollouts, rollout
-from capo.task import Problem, arithmetic, base_model, last_number, verify
+from capo.task import Problem, arithmetic, base_model, last_integer, verify
 
 GOOD = {"id": "a", "response": "So it is 4.", "answer": "4", "reference": "4", "correct": 1, "lpm": -.5}
 
@@ -157,9 +157,9 @@ def sampled():
 @pytest.mark.parametrize("name", ["r.jsonl", "r.jsonl.gz"])
 def test_the_round_trip_keeps_everything(tmp_path, sampled, name):
     _, problems, r = sampled
-    for path in (tmp_path / name, tmp_path / f"again-{name}"): write_responses(path, response_rows(r, problems, last_number))
+    for path in (tmp_path / name, tmp_path / f"again-{name}"): write_responses(path, response_rows(r, problems, last_integer))
     assert path.read_bytes() == (tmp_path / name).read_bytes()
-    a, b = as_responses(r, problems, last_number), read_responses(path)
+    a, b = as_responses(r, problems, last_integer), read_responses(path)
     for f in fields(Responses):
         x, y = getattr(a, f.name), getattr(b, f.name)
         assert x.equal(y) if isinstance(x, torch.Tensor) else x == y, f.name
@@ -177,7 +177,7 @@ def test_an_empty_response_and_strange_text_survive_the_round_trip(tmp_path):
 
 
 def test_some_of_the_questions(sampled):
-    r = as_responses(sampled[2], sampled[1], last_number)
+    r = as_responses(sampled[2], sampled[1], last_integer)
     some = r[[4, 0]]
     assert some.id == ["4", "0"] and some.lpm.equal(r.lpm[[4, 0]]) and some.text == [r.text[4], r.text[0]] and some.length.equal(r.length[[4, 0]])
     assert some.same_text.shape == (2, 4) and all((some.same_text[q, i] == some.same_text[q, j]) == (some.text[q][i] == some.text[q][j]) for q in (0, 1) for i in range(4) for j in range(4))
@@ -185,7 +185,7 @@ def test_some_of_the_questions(sampled):
 
 def run(sampled, path, n=4, seed=0, batch=5):
     sampler, problems, _ = sampled
-    return list(sample_to_file(sampler, problems, n, path, verify, last_number, seed, batch))
+    return list(sample_to_file(sampler, problems, n, path, verify, last_integer, seed, batch))
 
 
 def test_a_file_that_was_cut_anywhere_ends_up_the_same(tmp_path, sampled):
@@ -202,7 +202,7 @@ def test_a_file_that_was_cut_anywhere_ends_up_the_same(tmp_path, sampled):
 def test_the_draws_of_a_batch_depend_on_seed_and_place_only(tmp_path, sampled):
     sampler, problems, _ = sampled
     for name, seed in (("a", 0), ("b", 1)): run(sampled, tmp_path / name, seed=seed)
-    list(sample_to_file(sampler, problems[:5], 4, tmp_path / "c", verify, last_number, 0, 5))
+    list(sample_to_file(sampler, problems[:5], 4, tmp_path / "c", verify, last_integer, 0, 5))
     assert (tmp_path / "a").read_bytes().startswith((tmp_path / "c").read_bytes()) and (tmp_path / "a").read_bytes() != (tmp_path / "b").read_bytes()
 
 

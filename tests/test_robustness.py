@@ -12,7 +12,8 @@ from capo.mask import noise_mask
 from capo.recipe import grpo
 from capo.rollout import HFSampler
 from capo.task import arithmetic, arithmetic_tokenizer, tiny_lm
-from capo.train import CSVLog, NonFiniteLoss, TrainConfig
+from capo.folder import CSVLog
+from capo.train import NonFiniteLoss, TrainConfig
 from helpers import lib, model, refuses, run, small, spying, weights
 
 tokenizer = arithmetic_tokenizer()
@@ -33,15 +34,15 @@ def test_the_ratio_is_that_of_the_samplers_own_temperature():
     torch.testing.assert_close(logp * mask, old, rtol=0, atol=1e-4)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+def test_a_gradient_that_is_not_finite_stops_the_run():
     "sqrt at 0: a finite loss, an infinite slope."
     policy, recipe = model(), replace(grpo(), loss=lambda logp, old, A, mask: (logp - logp.detach()).abs().sum().sqrt())
     before = weights(policy)
-    with pytest.raises(NonFiniteLoss): run(recipe, policy=policy, folder=tmp_path)
+    with pytest.raises(NonFiniteLoss): run(recipe, policy=policy)
     assert all(v.equal(before[k]) for k, v in policy.named_parameters())
 
 
-def test_a_stop_in_the_second_update_says_so(tmp_path):
+def test_a_stop_in_the_second_update_says_so():
     calls = []
 
     def loss(*args):
@@ -50,7 +51,7 @@ def test_a_stop_in_the_second_update_says_so(tmp_path):
 
     policy = model()
     before = weights(policy)
-    with pytest.raises(NonFiniteLoss) as e: run(replace(grpo(), loss=loss), policy=policy, folder=tmp_path)
+    with pytest.raises(NonFiniteLoss) as e: run(replace(grpo(), loss=loss), policy=policy)
     assert "as before the step" not in str(e.value) or all(v.equal(before[k]) for k, v in policy.named_parameters())
 
 

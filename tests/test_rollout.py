@@ -4,10 +4,12 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given, strategies as st
 
-from capo.rollout import (HFSampler, Rollouts, VLLMSampler, corrected, cut_by_tokens, draw, grade, mismatch, rollout,
-                          rollout_logps, splitmix, uniforms)
+from capo.logprob import shares
+from capo.rollout import (HFSampler, Rollouts, VLLMSampler, corrected, cut_by_tokens, draw, grade, mismatch,
+                          plain_rollout_logps, rollout, rollout_logps, score, splitmix, uniforms)
 from capo.task import Problem, arithmetic_tokenizer
 from helpers import V, each_model, model_of
 
@@ -52,6 +54,103 @@ def test_log_probs_of_rollouts_carry_a_gradient(name):
     weights = [p for p in model.parameters() if p.requires_grad]
     slope = torch.autograd.grad(rollout_logps(model, r).sum(), weights)
     assert sum(g.square().sum() for g in slope) > 1 and not r.logp.requires_grad
+
+
+TINY = dict(vocab_size=V, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+SIZE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+LLAMA = dict(SIZE, intermediate_size=32, num_key_value_heads=2, initializer_range=.4)
+MOE = dict(LLAMA, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+FAMILIES = { # name → class, configuration, and how long a sequence may be for its prompt to be shared
+    "rotary, tied": ("Llama", dict(LLAMA, tie_word_embeddings=True), 99),
+    "rotary, grouped, biases": ("Qwen2", LLAMA, 99),
+    "absolute": ("GPT2", dict(n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=.4), 99),
+    "absolute, with an offset": ("OPT", dict(SIZE, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=64, init_std=.4), 99),
+    "ALiBi": ("Bloom", dict(hidden_size=16, n_layer=2, n_head=2, initializer_range=.4), 0),
+    "a window as long as the text": ("Mistral", dict(LLAMA, sliding_window=40), 40),
+    "a window": ("Mistral", dict(LLAMA, sliding_window=6), 0),
+    "soft caps": ("Gemma2", dict(LLAMA, head_dim=8, sliding_window=64, attn_logit_softcapping=3., final_logit_softcapping=2.), 64),
+    "experts": ("Mixtral", dict(LLAMA, num_local_experts=4, num_experts_per_tok=2), 99),
+    "experts, one shared": ("Qwen2Moe", MOE, 99)}
+HEADS = {"GPT2": "LMHeadModel"}
+
+
+def family(name, lora=False):
+    kind, options, _ = FAMILIES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(hf, kind + HEADS.get(kind, "ForCausalLM"))(getattr(hf, kind + "Config")(**TINY | options)).eval()
+        if not lora: return model
+        from peft import LoraConfig, get_peft_model
+        return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+
+
+def batch(B=5, G=4, P=13, T=9):
+    "Prompts that begin alike, two of them the same, and responses of many lengths, one empty."
+    g = torch.Generator().manual_seed(0)
+    asked, answered = torch.tensor([13, 11, 10, 12, 13]), torch.randint(1, T + 1, (B, G), generator=g)
+    answered[1, 2] = 0
+    ids, prompt_mask = torch.randint(2, V, (B, P), generator=g), (torch.arange(P) >= P - asked[:, None]).long()
+    for row, n in zip(ids, asked): row[P - n:P - n + 9] = torch.arange(3, 12)
+    ids[4] = ids[0]
+    mask = (torch.arange(T) < answered[..., None]).long()
+    return Rollouts(ids, prompt_mask, torch.randint(2, V, (B, G, T), generator=g), mask, -torch.rand(B, G, T, generator=g) * mask,
+                    torch.zeros(B, G), torch.zeros(B, G).bool(), [[""] * G] * B)
+
+
+def value_and_gradient(model, r, f, temperature=1.):
+    weights = [p for p in model.parameters() if p.requires_grad]
+    logp = f(model, r, temperature)
+    slopes = torch.autograd.grad((logp * torch.arange(1., r.mask.numel() + 1).view_as(r.mask)).sum() / r.mask.numel(), weights, allow_unused=True)
+    return logp.detach(), [None if g is None else g.clone() for g in slopes]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_read_once_changes_neither_the_numbers_nor_the_gradient(name, lora):
+    r, model = batch(), family(name, lora)
+    longest = FAMILIES[name][2]
+    assert shares(model, longest) == (longest > 0) and not (longest < 99 and shares(model, max(longest, 12) + 1))
+    for temperature in (1., .7):
+        plain, fast = (value_and_gradient(model, r, f, temperature) for f in (plain_rollout_logps, rollout_logps))
+        torch.testing.assert_close(fast[0], plain[0], rtol=0, atol=2e-5)
+        torch.testing.assert_close(fast[1], plain[1], rtol=1e-4, atol=1e-4)
+    assert (plain[0] != 0).sum() == r.mask.sum()
+    for budget in (1, 60, 10**4): torch.testing.assert_close(score(model, r, budget), score(model, r), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["rotary, tied", "absolute", "soft caps", "ALiBi"])
+def test_a_prompt_read_once_goes_with_recomputation(name):
+    "Layers run twice, and in the backward pass with the same attention."
+    r, model = batch(), family(name)
+    want, calls = value_and_gradient(model, r, rollout_logps), []
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for m in layers: m.training = True
+    first = next(m for m in model.modules() if type(m).__name__.endswith(("Layer", "Block")))
+    first.register_forward_pre_hook(lambda *_: calls.append(1))
+    inner = next(m for m in first.modules() if m is not first and not list(m.children()))
+    inner.register_forward_pre_hook(lambda *_: calls.append(2))
+    found = value_and_gradient(model, r, rollout_logps)
+    assert calls.count(2) == 2
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_every_prompt_is_read_once_and_no_token_for_nothing():
+    model, r, sizes = family("rotary, tied"), batch(), []
+    shares(model)
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[:2])))
+    with torch.no_grad(): rollout_logps(model, r)
+    rests = sum((13 - 9, 11 - 9, 10 - 9, 12 - 9))                                  # the fifth prompt is the first
+    assert sizes == [(1, 9 + rests + int((r.mask.sum(-1) - 1).clamp(min=0).sum()))]
+
+
+def test_a_mask_with_holes_takes_the_plain_path():
+    model, r = family("rotary, tied"), batch()
+    mask = r.mask.clone()
+    mask[0, 0, 1] = 0
+    r = replace(r, mask=mask)
+    with torch.no_grad(): assert rollout_logps(model, r).equal(plain_rollout_logps(model, r))
 
 
 @each_model

@@ -7,9 +7,11 @@ from hypothesis import given, strategies as st
 
 from capo.surrogate import Surrogate, exponential, hinge, linear, logistic, squared_hinge
 
-margins = st.lists(st.floats(-40, 40, allow_subnormal=False), min_size=1, max_size=20).map(lambda x: torch.tensor(x, dtype=torch.float64))
+numbers = st.lists(st.floats(-40, 40, allow_subnormal=False), min_size=1, max_size=20)
+margins = numbers.map(lambda x: torch.tensor(x, dtype=torch.float64))
 taus = st.floats(.05, 50)
-each = pytest.mark.parametrize("phi", [linear, hinge, squared_hinge, exponential, logistic(.05), logistic(.6), logistic(30.)], ids=str)
+SURROGATES = [linear, hinge, squared_hinge, exponential, logistic(.05), logistic(.6), logistic(30.)]
+each = pytest.mark.parametrize("phi", SURROGATES, ids=str)
 
 
 @each
@@ -40,7 +42,8 @@ def test_logistic_is_log1p_exp(t, tau):
 def test_wide_logistic_is_linear(t, tau):
     "2τφ′ differs from −1 by at most |t|/2τ, and 2τ(φ(t) − log 2) from −t by at most t²/4τ."
     assert ((2 * tau * logistic(tau).d(t) - linear.d(t)).abs() <= t.abs() / (2 * tau) + 1e-9).all()
-    assert ((2 * tau * (logistic(tau)(t) - math.log(2)) - linear(t)).abs() <= t.square() / (4 * tau) + 1e-9 * (1 + tau)).all()
+    level = 2 * tau * (logistic(tau)(t) - math.log(2))
+    assert ((level - linear(t)).abs() <= t.square() / (4 * tau) + 1e-9 * (1 + tau)).all()
 
 
 @given(margins, st.floats(1e-4, .05))

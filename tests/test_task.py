@@ -6,19 +6,21 @@ import torch
 from hypothesis import given, strategies as st
 
 from capo.answer import math_verify
-from capo.task import (DATASETS, FACTS, INSTRUCTION, Problem, Teacher, arithmetic, arithmetic_tokenizer, base_model, calibrated_teacher, corpus_batch,
-                       last_number, limit_threads, load_problems, pretrain, running_totals, systematic_teacher, tiny_lm, verify,
-                       with_template)
+from capo.task import (
+    DATASETS, FACTS, INSTRUCTION, Problem, Teacher, arithmetic, arithmetic_tokenizer, base_model, calibrated_teacher,
+    corpus_batch, last_integer, limit_threads, load_problems, pretrain, running_totals, systematic_teacher, tiny_lm,
+    verify, with_template)
 
-chains = st.lists(st.tuples(st.sampled_from("+-"), st.integers(1, 9)), min_size=2, max_size=5).map(lambda x: "".join(f"{s}{d}" for s, d in x)[1:] + "=")
+terms = st.lists(st.tuples(st.sampled_from("+-"), st.integers(1, 9)), min_size=2, max_size=5)
+chains = terms.map(lambda x: "".join(f"{s}{d}" for s, d in x)[1:] + "=")
 tokenizer = arithmetic_tokenizer()
 
 
 @given(st.text("ab ,+=", max_size=5), st.integers(-999, 999), st.text("ab ,+=", max_size=5), st.integers(-999, 999))
-def test_the_last_number_counts(before, n, after, other):
+def test_the_last_integer_counts(before, n, after, other):
     text = f"{before},{other} {n}{after}"
-    assert last_number(text) == str(n) and verify(text, str(n)) and verify(text, str(other)) == (n == other)
-    assert last_number(before + after) is None and not verify(before + after, str(n))
+    assert last_integer(text) == str(n) and verify(text, str(n)) and verify(text, str(other)) == (n == other)
+    assert last_integer(before + after) is None and not verify(before + after, str(n))
 
 
 def test_the_extractor_is_a_choice():
@@ -79,15 +81,18 @@ def test_the_two_teachers():
     calibrated, systematic = calibrated_teacher(1), systematic_teacher(1)
     assert set(calibrated.rates) == set(systematic.rates) == set(FACTS) and len(FACTS) == 180
     assert all(.4 <= x <= .55 for x in calibrated.rates.values()) and calibrated.offsets is None
-    assert all(.02 <= x <= .9 for x in systematic.rates.values()) and all(1 <= abs(x) <= 9 for x in systematic.offsets.values())
+    assert all(.02 <= x <= .9 for x in systematic.rates.values())
+    assert all(1 <= abs(x) <= 9 for x in systematic.offsets.values())
     assert max(systematic.rates.values()) > .8 and min(systematic.rates.values()) < .1
-    assert calibrated == calibrated_teacher(1) != calibrated_teacher(2) and systematic == systematic_teacher(1) != systematic_teacher(2)
+    assert calibrated == calibrated_teacher(1) != calibrated_teacher(2)
+    assert systematic == systematic_teacher(1) != systematic_teacher(2)
 
 
 @given(st.lists(st.text("0123456789+-=,", min_size=1, max_size=9), min_size=1, max_size=4))
 def test_a_token_is_a_character(texts):
     batch = tokenizer(texts, padding=True, return_tensors="pt")
-    assert batch.attention_mask.sum(1).tolist() == [len(t) for t in texts] and (batch.attention_mask[:, -1] == 1).all()   # pads left
+    # pads left
+    assert batch.attention_mask.sum(1).tolist() == [len(t) for t in texts] and (batch.attention_mask[:, -1] == 1).all()
     assert tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True) == texts
     assert tokenizer("<eos>").input_ids == [tokenizer.eos_token_id]
 
@@ -97,7 +102,8 @@ def test_the_labels_are_the_response_and_its_end():
     ids, attention, labels = corpus_batch(teacher, tokenizer, random.Random(0), 64)
     for i, a, label in zip(ids, attention, labels):
         page, learnt = tokenizer.decode(i[a.bool()]), tokenizer.decode(label[label != -100])
-        assert page.endswith(learnt) and page[:-len(learnt)].endswith("=") and learnt.endswith("<eos>") and "=" not in learnt
+        assert page.endswith(learnt) and page[:-len(learnt)].endswith("=")
+        assert learnt.endswith("<eos>") and "=" not in learnt
         assert learnt.count(",") == len(running_totals(page.split("=")[0])) - 1
         assert (label[a == 0] == -100).all()
 
@@ -123,7 +129,8 @@ def test_the_shipped_model_is_often_wrong_and_knows_it():
     from capo.rollout import HFSampler, rollout
     model, tokenizer = base_model()
     numbers = evaluate(rollout(HFSampler(model, tokenizer, 16), arithmetic(64, seed=5), 16, verify))
-    assert not model.training and .05 < numbers["accuracy"] < .35 and numbers["auc_mean"] > .65 and numbers["truncated"] < .02
+    assert not model.training and .05 < numbers["accuracy"] < .35 and numbers["auc_mean"] > .65
+    assert numbers["truncated"] < .02
 
 
 # Problems from elsewhere
@@ -132,7 +139,8 @@ def test_the_shipped_model_is_often_wrong_and_knows_it():
 ROWS = {
     "deepscaler": {"problem": "?", "answer": "7", "solution": "It is 8."},
     "gsm8k": {"question": "?", "answer": "<<8-1=7>>7 of 8 are left.\n#### 7"},
-    "math500": {"problem": "?", "solution": r"\boxed{7}", "answer": "7", "subject": "Algebra", "level": 1, "unique_id": "a"},
+    "math500": {"problem": "?", "solution": r"\boxed{7}", "answer": "7", "subject": "Algebra", "level": 1,
+                "unique_id": "a"},
     "aime24": {"id": 60, "problem": "?", "solution": "", "answer": "007", "url": "", "year": "2024"},
     "aime25": {"problem": "?", "answer": "7", "id": "0"},
     "amc23": {"id": 0, "question": "?", "answer": "7.0", "url": ""},
@@ -140,9 +148,12 @@ ROWS = {
     "olympiadbench": {"id": 1, "question": "?", "solution": ["..."], "final_answer": ["$7$"], "context": None},
 }
 CALLS = {
-    "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", None, "train"), "gsm8k": ("openai/gsm8k", "main", "test"), "math500": ("HuggingFaceH4/MATH-500", None, "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train"), "aime25": ("math-ai/aime25", None, "test"), "amc23": ("math-ai/amc23", None, "test"),
-    "minerva": ("math-ai/minervamath", None, "test"), "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
+    "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", None, "train"), "gsm8k": ("openai/gsm8k", "main", "test"),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train"), "aime25": ("math-ai/aime25", None, "test"),
+    "amc23": ("math-ai/amc23", None, "test"),
+    "minerva": ("math-ai/minervamath", None, "test"),
+    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
 }
 
 
@@ -169,7 +180,8 @@ def write(name, rows):
     import datasets
     data = datasets.Dataset.from_list(rows)
     with (gzip.open if name.endswith(".gz") else open)(name, "wb") as f:
-        {"json": data.to_json, "jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[name.split(".")[1]](f)
+        {"json": data.to_json, "jsonl": data.to_json, "csv": data.to_csv,
+         "parquet": data.to_parquet}[name.split(".")[1]](f)
     return name
 
 
@@ -194,22 +206,30 @@ def test_a_local_copy_is_read_like_the_set(name, kind):
 def test_a_file_of_ones_own(kind, column):
     rows = [{column: f"{i}+1", "answer": i + 1, "other": None} for i in range(5)]
     name = write(f"own.{kind}", rows)
-    assert load_problems(name) == [Problem(f"{i}+1", str(i + 1)) for i in range(5)] and load_problems(name, n=2) == load_problems(name)[:2] == load_problems(name, n=9)[:2]
+    assert load_problems(name) == [Problem(f"{i}+1", str(i + 1)) for i in range(5)]
+    assert load_problems(name, n=2) == load_problems(name)[:2] == load_problems(name, n=9)[:2]
 
 
 def test_columns_can_be_named():
     name = write("own.jsonl", [{"problem": "a", "q": "b", "answer": "1", "a": 2.5}])
-    assert load_problems(name) == [Problem("a", "1")] and load_problems(name, prompt="q", answer="a") == [Problem("b", "2.5")]
+    assert load_problems(name) == [Problem("a", "1")]
+    assert load_problems(name, prompt="q", answer="a") == [Problem("b", "2.5")]
 
 
 BAD = {
     '{"problem": "a"}': "has no column 'answer', it has problem: name the right one by answer=",
     '{"task": "a", "answer": 1}': "has no column 'prompt', it has task, answer: name the right one by prompt=",
-    '{"problem": "a", "answer": 1}\n{"problem": " ", "answer": 1}': "row 2: column 'problem' must be a text that is not empty; it is ' '",
-    '{"problem": "a", "answer": 1}\n{"answer": 1}': "row 2: column 'problem' must be a text that is not empty; it is None",
-    '{"problem": "a", "answer": "x"}\n{"problem": "b"}': "row 2: column 'answer' must hold an answer, a text or a number; it is None",
-    '{"problem": "a", "answer": ""}': "row 1: column 'answer' must hold", '{"problem": "a", "answer": true}': "row 1: column 'answer' must hold", '{"problem": "a", "answer": ["1"]}': "row 1: column 'answer' must hold",
-    '{"problem": "a", "answer": 1}\n{"problem"': "cannot be read as json", "": "cannot be read as json: it is empty", "[]": "cannot be read as json",
+    '{"problem": "a", "answer": 1}\n{"problem": " ", "answer": 1}':
+        "row 2: column 'problem' must be a text that is not empty; it is ' '",
+    '{"problem": "a", "answer": 1}\n{"answer": 1}':
+        "row 2: column 'problem' must be a text that is not empty; it is None",
+    '{"problem": "a", "answer": "x"}\n{"problem": "b"}':
+        "row 2: column 'answer' must hold an answer, a text or a number; it is None",
+    '{"problem": "a", "answer": ""}': "row 1: column 'answer' must hold",
+    '{"problem": "a", "answer": true}': "row 1: column 'answer' must hold",
+    '{"problem": "a", "answer": ["1"]}': "row 1: column 'answer' must hold",
+    '{"problem": "a", "answer": 1}\n{"problem"': "cannot be read as json", "": "cannot be read as json: it is empty",
+    "[]": "cannot be read as json",
 }
 
 
@@ -221,18 +241,27 @@ def test_bad_files_get_a_sentence(text, tmp_path):
 
 
 def test_bad_rows_can_be_left_out_and_are_counted():
-    name = write("bad.jsonl", [{"question": "a", "answer": "#### 1,000"}, {"question": "", "answer": "#### 1"}, {"question": "c", "answer": "none"}])
+    row = lambda question, answer: [{"question": question, "answer": answer}]
+    good, bad = row("a", "#### 1"), row("c", "none")
+    name = write("bad.jsonl", row("a", "#### 1,000") + row("", "#### 1") + bad)
     with pytest.warns(UserWarning, match="2 of 3 rows were left out; the first: bad.jsonl, row 2: column 'question'"):
         assert load_problems(name, like="gsm8k", skip=True) == [Problem("a", "1000")]
-    with pytest.raises(ValueError, match="row 3: column 'answer' .* that after_hashes can read; it is 'none'"): load_problems(write("bad.jsonl", [{"question": "a", "answer": "#### 1"}] * 2 + [{"question": "c", "answer": "none"}]), like="gsm8k")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="holds no problems"): load_problems(write("bad.jsonl", [{"question": "a", "answer": "none"}]), like="gsm8k", skip=True)
+    with pytest.raises(ValueError, match="row 3: column 'answer' .* that after_hashes can read; it is 'none'"):
+        load_problems(write("bad.jsonl", good * 2 + bad), like="gsm8k")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="holds no problems"):
+        load_problems(write("bad.jsonl", bad), like="gsm8k", skip=True)
 
 
 @pytest.mark.parametrize("args, error, message", [
-    (dict(source="math50"), ValueError, "no file or set of problems 'math50'; the nearest is 'math500'"), (dict(source="no.csv"), FileNotFoundError, "there is no file no.csv"),
-    (dict(source="gsm8k", n=0), ValueError, "n must be at least 1; it is 0"), (dict(source="gsm8k", min_terms=2), TypeError, "only generated tasks take min_terms"),
-    (dict(source="x.csv", like="gsm8"), ValueError, "the nearest is 'gsm8k'"), (dict(source="gym:chain_sun"), ValueError, "the nearest is 'chain_sum'"),
-    (dict(source="gym:chain_sum", terms=2), ValueError, "does not take {'terms': 2}.*its options are min_terms, max_terms"), (dict(source="gym:chain_sum", min_terms=0), ValueError, "does not take {'min_terms': 0}"),
+    (dict(source="math50"), ValueError, "no file or set of problems 'math50'; the nearest is 'math500'"),
+    (dict(source="no.csv"), FileNotFoundError, "there is no file no.csv"),
+    (dict(source="gsm8k", n=0), ValueError, "n must be at least 1; it is 0"),
+    (dict(source="gsm8k", min_terms=2), TypeError, "only generated tasks take min_terms"),
+    (dict(source="x.csv", like="gsm8"), ValueError, "the nearest is 'gsm8k'"),
+    (dict(source="gym:chain_sun"), ValueError, "the nearest is 'chain_sum'"),
+    (dict(source="gym:chain_sum", terms=2), ValueError,
+     "does not take {'terms': 2}.*its options are min_terms, max_terms"),
+    (dict(source="gym:chain_sum", min_terms=0), ValueError, "does not take {'min_terms': 0}"),
 ])
 def test_bad_arguments_get_a_sentence(args, error, message):
     with pytest.raises(error, match=message): load_problems(**args)
@@ -241,7 +270,8 @@ def test_bad_arguments_get_a_sentence(args, error, message):
 def test_a_hub_out_of_reach_is_said_with_the_way_round(monkeypatch):
     def load_dataset(*args, **kwargs): raise OSError("no route\nto it")
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(ConnectionError, match="gsm8k cannot be loaded from the hub: no route to it; a local copy"): load_problems("gsm8k")
+    with pytest.raises(ConnectionError, match="gsm8k cannot be loaded from the hub: no route to it; a local copy"):
+        load_problems("gsm8k")
     with pytest.raises(ConnectionError, match="some/set cannot"): load_problems("some/set")
 
 
@@ -269,9 +299,11 @@ class Chat:
 def test_templates():
     problem = [Problem("1+1?", "2")]
     prompt = lambda *args, **kwargs: with_template(problem, *args, **kwargs)[0].prompt
-    assert prompt() == f"1+1?\n{INSTRUCTION}" and prompt(instruction=None) == "1+1?" and prompt(system="Be brief.", instruction="") == "Be brief.\n\n1+1?"
+    assert prompt() == f"1+1?\n{INSTRUCTION}" and prompt(instruction=None) == "1+1?"
+    assert prompt(system="Be brief.", instruction="") == "Be brief.\n\n1+1?"
     assert prompt(Chat(False), "Be brief.") == f"<s>[system]Be brief.[user]1+1?\n{INSTRUCTION}[assistant]"
-    assert prompt(Chat(True), instruction="Go.") == "[user]1+1?\nGo.[assistant]"       # the tokenizer will put its <s> in front
+    # the tokenizer will put its <s> in front
+    assert prompt(Chat(True), instruction="Go.") == "[user]1+1?\nGo.[assistant]"
     assert with_template(problem, Chat(True))[0].answer == "2"
     with pytest.raises(ValueError, match="no chat template"): with_template(problem, tokenizer)
 

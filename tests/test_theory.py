@@ -42,11 +42,13 @@ def auc_regret(p, eta, f):
     return (weights(p, eta) * (loss(margin(f)) - loss(margin(eta)))).sum()
 
 
+def coin_kl(s, u): return torch.xlogy(s, s) + torch.xlogy(1 - s, 1 - s) - s * LOG(u) - (1 - s) * LOG(-u)
+
+
 def logistic_regret(p, eta, f, tau):
     "Above the sum of the entropies of the pairs: the infimum, attained at τ logit η or in the limit."
     a, b, t = weights(p, eta), weights(p, eta).T, margin(f) / tau
-    s = a / (a + b).clamp(min=1e-300)
-    return ((a + b) * (torch.xlogy(s, s) + torch.xlogy(1 - s, 1 - s) - s * LOG(t) - (1 - s) * LOG(-t))).triu(1).sum()
+    return ((a + b) * coin_kl(a / (a + b).clamp(min=1e-300), t)).triu(1).sum()
 
 
 @given(sizes, seeds)
@@ -54,19 +56,19 @@ def test_ranking_by_eta_is_optimal_and_regret_is_a_sum_over_pairs(n, seed):
     p, eta, f = problem(n, seed)
     w, agree = weights(p, eta), margin(f) * margin(eta).sign()
     lost = ((agree < 0).double() + (agree == 0) / 2) * (w - w.T).abs()
-    assert auc_regret(p, eta, f) == pytest.approx(lost.triu(1).sum().item(), abs=1e-12) and auc_regret(p, eta, f) >= -1e-12
+    assert auc_regret(p, eta, f) == pytest.approx(lost.triu(1).sum().item(), abs=1e-12)
+    assert auc_regret(p, eta, f) >= -1e-12
 
 
 @each
 @given(n=sizes, seed=seeds)
 def test_every_misranked_pair_feels_a_force(phi, n, seed):
     p, eta, f = problem(n, seed)
-    f = (f / f.abs().max() * 5).requires_grad_()                       # the exponential in range
-    pi = (p * eta).sum()
-    u = torch.autograd.grad((weights(p, eta) * phi(margin(f))).sum(), f)[0] * pi * (1 - pi) / p
-    c = (eta[:, None] - eta[None, :]) * p[:, None] * phi.d(torch.zeros(1, dtype=torch.float64)).abs()
+    f, acc = (f / f.abs().max() * 5).requires_grad_(), (p * eta).sum()     # the exponential in range
+    slope, = torch.autograd.grad((weights(p, eta) * phi(margin(f))).sum(), f)
+    u, bend = slope * acc * (1 - acc) / p, phi.d(torch.zeros(1, dtype=torch.float64)).abs()
     misranked = (margin(eta) > 0) & (margin(f) <= 0)
-    gap = (u[None, :] - u[:, None]) - c
+    gap = -margin(u) - margin(eta) * p[:, None] * bend
     assert (gap[misranked] >= -1e-9 * (1 + u.abs().max())).all()
 
 
@@ -86,9 +88,38 @@ def test_linear_bound_with_certain_labels(n, seed, tau):
 
 
 @given(st.floats(1e-3, .15))
-def test_linear_bound_fails_with_uncertain_labels(eps):
-    p, eta, f = torch.tensor([[.5, .5], [.5 + eps, .5 - eps], [0, 0]], dtype=torch.float64)
-    assert auc_regret(p, eta, f) == pytest.approx(eps) and auc_regret(p, eta, f) > logistic_regret(p, eta, f, 1.) / math.log(2)
+def test_linear_bound_fails_with_uncertain_labels(gamma):
+    p, eta, f = torch.tensor([[.5, .5], [.5 + gamma, .5 - gamma], [0, 0]], dtype=torch.float64)
+    assert auc_regret(p, eta, f) == pytest.approx(gamma)
+    assert auc_regret(p, eta, f) > logistic_regret(p, eta, f, 1.) / math.log(2)
+
+
+@given(sizes, seeds, st.integers(1, 9), taus)
+def test_the_root_bound_passes_to_the_mean_over_questions(n, seed, B, tau):
+    questions = [problem(n, seed + q) for q in range(B)]
+    share = torch.rand(B, generator=draw(seed), dtype=torch.float64)
+    share = share / share.sum()
+    regret = torch.stack([auc_regret(*q) for q in questions])
+    surrogate = torch.stack([logistic_regret(*q, tau) for q in questions])
+    assert share @ regret <= (2 * share @ surrogate).clamp(min=0).sqrt() + 1e-7
+
+
+@given(sizes, seeds)
+def test_pointwise_root_bound(n, seed):
+    "Agarwal's, for the logistic loss of each response alone."
+    p, eta, f = problem(n, seed)
+    acc = (p * eta).sum()
+    assert auc_regret(p, eta, f) <= ((p * coin_kl(eta, f)).sum() / 2).clamp(min=0).sqrt() / (acc * (1 - acc)) + 1e-7
+
+
+@given(sizes, seeds)
+def test_full_reversal_is_a_total_variation_and_a_jensen_shannon_divergence(n, seed):
+    p, eta, _ = problem(n, seed)
+    w = weights(p, eta)
+    tv, js = (w - w.T).abs().sum() / 2, torch.xlogy(w, 2 * w / (w + w.T)).sum()
+    assert auc_regret(p, eta, -1e-9 * eta) == pytest.approx(tv.item(), abs=1e-12)
+    assert logistic_regret(p, eta, -1e-9 * eta, 1.) == pytest.approx(js.item(), abs=1e-8)
+    assert tv <= .85 * (2 * js).sqrt() + 1e-12
 
 
 @given(sizes, seeds, taus)
@@ -142,7 +173,8 @@ def test_both_limits_of_tau_with_their_errors(G, seed, tau):
     R = (torch.rand(1, G, generator=g) < .5).double()
     t, opposite = (f[:, :, None] - f[:, None, :])[0], R[0][:, None] != R[0][None]
     A = capo_advantage(f, R, tau)[0]
-    assert ((2 * tau * A / G - (R - R.mean(1, keepdim=True))[0]).abs() <= (t.abs() * opposite).sum(1) / (2 * tau * G) + 1e-10).all()
+    centred = (R - R.mean(1, keepdim=True))[0]
+    assert ((2 * tau * A / G - centred).abs() <= (t.abs() * opposite).sum(1) / (2 * tau * G) + 1e-10).all()
     lost = ((t < 0).double() + (t == 0) / 2) * (R[0][:, None] > R[0][None])
     assert ((tau * A - (lost.sum(1) - lost.sum(0))).abs() <= ((-t.abs() / tau).exp() * opposite).sum(1) + 1e-10).all()
 

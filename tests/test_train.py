@@ -9,7 +9,9 @@ import torch
 
 from capo.recipe import Recipe, capo, grpo, grpo_size
 from capo.rollout import HFSampler, rollout_logps
-from capo.train import CSVLog, NonFiniteLoss, TrainConfig, batches, reference_logps, step_stats, with_lora
+from capo.folder import CSVLog
+from capo.run import saving_bad_step
+from capo.train import NonFiniteLoss, TrainConfig, batches, reference_logps, step_stats, with_lora
 from helpers import model, problems, run, small, spying, tokenizer, weights
 
 either = pytest.mark.parametrize("recipe", [grpo(), capo(.5, 1, math.inf, grpo_size)], ids=["grpo", "capo"])
@@ -64,7 +66,7 @@ def test_an_updates_gradient_is_its_own():
 def test_training_raises_the_reward(recipe, lora):
     config = TrainConfig(steps=15, questions=16, group_size=8, lr=5e-2 if lora else 2e-2, lora_rank=lora)
     rewards = [row["reward"] for row in run(recipe, config).rows]
-    assert sum(rewards[-5:]) / 5 > rewards[0] + .2
+    assert sum(rewards[-5:]) / 5 > rewards[0] + .1                               # .27 to .87 over four seeds
 
 
 def test_lora_leaves_the_base_weights_untouched():
@@ -211,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_step(bad, tmp_pat
     spied, seen, _ = spying(grpo(), loss)
     rows = []
     with pytest.raises(NonFiniteLoss, match=r"the loss of step 3 is -?(nan|inf)"):
-        run(spied, replace(small, steps=5, updates=1), policy, log=rows.append, folder=tmp_path / "new")
+        with saving_bad_step(tmp_path / "new"): run(spied, replace(small, steps=5, updates=1), policy, log=rows.append)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["bad_step_3.pt"]
     saved, r = torch.load(tmp_path / "new" / "bad_step_3.pt"), seen[-1][0]
     assert saved["response_ids"].equal(r.response_ids) and saved["logp"].equal(r.logp) and saved["reward"].equal(r.reward) and saved["text"] == r.text

@@ -11,8 +11,9 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import weibull_min
 from torch import tensor
 
-from capo.vote import (_fit_weibull, _log_weibull, _weibull_mixture, bottom_confidence, deepconf, group_confidence, majority_vote, most_confident,
-                       pass_at_k, perplexity_consistency, pruned, rpc, tail_confidence, vote_curve, vote_share, weighted_vote)
+from capo.vote import (_fit_weibull, _log_weibull, _weibull_mixture, bottom_confidence, deepconf, group_confidence,
+                       majority_vote, most_confident, pass_at_k, perplexity_consistency, pruned, rpc, tail_confidence,
+                       vote_curve, vote_share, weighted_vote)
 from helpers import groups, refuses, same, shuffle
 
 plain = importlib.import_module("capo_as_installed.vote")  # without the hook, as a user has it
@@ -23,13 +24,13 @@ def ballots(draw, B=4, G=7, K=4):
     "Answers (some none), weights in quarters, correctness (by answer), valid, texts (some equal)."
     b, g = draw(st.integers(1, B)), draw(st.integers(1, G))
     table = lambda x: tensor(draw(st.lists(st.lists(x, min_size=g, max_size=g), min_size=b, max_size=b)))
-    answer = table(st.integers(-1, K - 1))
+    answer, right = table(st.integers(-1, K - 1)), draw(st.integers(0, K - 1))
     text = answer * 3 + table(st.integers(0, 2))  # a text has one answer
-    return answer, table(st.integers(0, 12)).double() / 4, (answer == draw(st.integers(0, K - 1))).long(), table(st.booleans()), text
+    return answer, table(st.integers(0, 12)).double() / 4, (answer == right).long(), table(st.booleans()), text
 
 
 def by_hand(answer, weight, correct, valid):
-    "The vote of one question, in words: total weight of each answer, the answers at the top, the mean of their correctness."
+    "The vote of one question: total weight of each answer, the answers at the top, the mean of their correctness."
     rows = [(a, w, c) for a, w, c, v in zip(answer, weight, correct, valid) if v and a >= 0]
     total = {a: sum(w for b, w, _ in rows if b == a) for a, _, _ in rows}
     top = [a for a in total if abs(total[a] - max(total.values())) < 1e-9]
@@ -42,9 +43,9 @@ def question_by_question(f, *tables): return [f(*rows) for rows in zip(*(t.tolis
 @given(ballots())
 def test_votes_by_hand(case):
     answer, weight, correct, valid, _ = case
-    same(weighted_vote(answer, weight, correct, valid), question_by_question(by_hand, answer, weight, correct, valid), 1e-6)
-    same(weighted_vote(answer, -weight, correct, valid), question_by_question(by_hand, answer, -weight, correct, valid), 1e-6)
-    same(majority_vote(answer, correct, valid), question_by_question(by_hand, answer, weight * 0 + 1, correct, valid), 1e-6)
+    def expect(weight): return question_by_question(by_hand, answer, weight, correct, valid)
+    for w in (weight, -weight): same(weighted_vote(answer, w, correct, valid), expect(w), 1e-6)
+    same(majority_vote(answer, correct, valid), expect(weight * 0 + 1), 1e-6)
 
 
 @given(ballots())
@@ -54,10 +55,14 @@ def test_perplexity_consistency_by_hand(case):
     for q in range(len(answer)):  # equal texts have one probability
         for t in text[q].tolist(): lpm[q, text[q] == t] = lpm[q, text[q] == t][0]
 
-    def first(texts, valid): return [v and t not in [s for s, u in zip(texts[:i], valid[:i]) if u] for i, (t, v) in enumerate(zip(texts, valid))]
+    def first(texts, valid):
+        before = lambda i: [t for t, v in zip(texts[:i], valid[:i]) if v]
+        return [v and t not in before(i) for i, (t, v) in enumerate(zip(texts, valid))]
+
     once = tensor([first(t, v) for t, v in zip(text.tolist(), valid.tolist())])
-    same(perplexity_consistency(answer, lpm, correct, valid, text), question_by_question(by_hand, answer, lpm.exp(), correct, once), 1e-6)
-    same(perplexity_consistency(answer, lpm, correct, valid), question_by_question(by_hand, answer, lpm.exp(), correct, valid), 1e-6)
+    def expect(valid): return question_by_question(by_hand, answer, lpm.exp(), correct, valid)
+    same(perplexity_consistency(answer, lpm, correct, valid, text), expect(once), 1e-6)
+    same(perplexity_consistency(answer, lpm, correct, valid), expect(valid), 1e-6)
 
 
 @given(ballots(), st.sampled_from([.1, .3, .5, .9, 1.]))
@@ -68,12 +73,18 @@ def test_deepconf_by_hand(case, keep):
     for c, v in zip(conf, valid):
         cut = np.quantile(c[v].numpy(), 1 - keep, method="linear") if v.any() else 0
         stays.append((v & (c >= cut - 1e-9)).tolist())
-    same(deepconf(answer, conf, correct, valid, keep), question_by_question(by_hand, answer, conf, correct, tensor(stays)), 1e-6)
+    expected = question_by_question(by_hand, answer, conf, correct, tensor(stays))
+    same(deepconf(answer, conf, correct, valid, keep), expected, 1e-6)
 
 
-VOTES = {"majority": lambda a, x, c, v, t: majority_vote(a, c, v), "most confident": lambda a, x, c, v, t: most_confident(x, c, v), "weighted": lambda a, x, c, v, t: weighted_vote(a, x, c, v),
-         "PC": lambda a, x, c, v, t: perplexity_consistency(a, -x, c, v, t), "RPC": lambda a, x, c, v, t: rpc(a, -x, c, v, t), "DeepConf": lambda a, x, c, v, t: deepconf(a, x, c, v, .4),
-         "share": lambda a, x, c, v, t: vote_share(a, x, v)}
+VOTES = {
+    "majority": lambda a, x, c, v, t: majority_vote(a, c, v),
+    "most confident": lambda a, x, c, v, t: most_confident(x, c, v),
+    "weighted": lambda a, x, c, v, t: weighted_vote(a, x, c, v),
+    "PC": lambda a, x, c, v, t: perplexity_consistency(a, -x, c, v, t),
+    "RPC": lambda a, x, c, v, t: rpc(a, -x, c, v, t),
+    "DeepConf": lambda a, x, c, v, t: deepconf(a, x, c, v, .4),
+    "share": lambda a, x, c, v, t: vote_share(a, x, v)}
 
 
 @pytest.mark.parametrize("vote", VOTES.values(), ids=VOTES)
@@ -133,7 +144,8 @@ def test_vote_curve_by_enumeration(case, n):
     want = []
     for a, w, c, v in zip(answer, weight, correct, valid):
         there = v.nonzero()[:, 0].tolist()
-        chances = [by_hand(*(x[list(s)].tolist() for x in (a, w, c)), [True] * n) for s in itertools.combinations(there, n)]
+        subsets = [list(s) for s in itertools.combinations(there, n)]
+        chances = [by_hand(*(x[s].tolist() for x in (a, w, c)), [True] * n) for s in subsets]
         chances = [x for x in chances if not math.isnan(x)]
         want.append([np.mean(chances) if chances else nan])
     same(vote_curve(weighted_vote, [n], answer, weight, correct, valid=valid), want, 1e-6)
@@ -143,11 +155,12 @@ def test_vote_curve_by_drawing():
     g = torch.Generator().manual_seed(0)
     answer = torch.randint(-1, 3, (20, 12), generator=g)
     correct = (answer == 1).long()
-    exact, drawn = (vote_curve(majority_vote, [6], answer, correct, draws=d) for d in (924, 400))
+    def curve(**options): return vote_curve(majority_vote, [6], answer, correct, **options)
+    exact, drawn = curve(draws=924), curve(draws=400)
     assert (exact - drawn).abs().max() < .1 and (exact - drawn).mean().abs() < .01
-    assert drawn.equal(vote_curve(majority_vote, [6], answer, correct, draws=400)) and not drawn.equal(vote_curve(majority_vote, [6], answer, correct, draws=400, seed=1))
+    assert drawn.equal(curve(draws=400)) and not drawn.equal(curve(draws=400, seed=1))
     before = torch.get_rng_state()
-    vote_curve(majority_vote, [6], answer, correct)
+    curve()
     assert torch.get_rng_state().equal(before)
 
 
@@ -161,28 +174,32 @@ def test_vote_curve_splits_its_work_without_a_trace():
 def test_the_law_of_weibull():
     x = np.array([.01, .2, .5, .99])
     for k, scale in ((.5, .3), (1., .5), (7., .6), (40., .9)):
-        found = _log_weibull(torch.from_numpy(np.log(x)), torch.tensor(k, dtype=torch.float64), torch.tensor(math.log(scale), dtype=torch.float64))
+        shape, log_scale = torch.tensor([k, math.log(scale)], dtype=torch.float64)
+        found = _log_weibull(torch.from_numpy(np.log(x)), shape, log_scale)
         same(found, weibull_min.logpdf(x, k, scale=scale), 1e-9)
 
 
 @pytest.mark.parametrize("k", [.3, 1., 4., 30.])
 def test_one_component_is_maximum_likelihood(k):
     x = weibull_min.rvs(k, scale=.4, size=300, random_state=0)
-    shape, log_scale = _fit_weibull(torch.from_numpy(np.log(x)), torch.ones(300, dtype=torch.float64), torch.ones(1, dtype=torch.float64), steps=30)
+    one = torch.ones(300, dtype=torch.float64)
+    shape, log_scale = _fit_weibull(torch.from_numpy(np.log(x)), one, one[:1], steps=30)
     want, _, scale = weibull_min.fit(x, floc=0)
     assert shape.item() == pytest.approx(want, rel=1e-3) and log_scale.exp().item() == pytest.approx(scale, rel=1e-3)
 
 
 def test_each_step_of_em_is_likelier():
     u = -torch.rand(30, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
-    fits = [_weibull_mixture(u.sort(1).values, torch.ones_like(u, dtype=torch.bool), steps)[3] for steps in (1, 3, 10, 40, 100)]
+    u, every = u.sort(1).values, torch.ones_like(u, dtype=torch.bool)
+    fits = [_weibull_mixture(u, every, steps)[3] for steps in (1, 3, 10, 40, 100)]
     for a, b in zip(fits, fits[1:]): assert (b >= a - 1e-6).all()
 
 
 def test_pruning_finds_the_low_component():
     rng = np.random.default_rng(0)
     for _ in range(5):
-        x = np.concatenate([weibull_min.rvs(4, scale=.15, size=20, random_state=rng), weibull_min.rvs(12, scale=.7, size=30, random_state=rng)])
+        low, high = ((4, .15, 20), (12, .7, 30))
+        x = np.concatenate([weibull_min.rvs(k, scale=s, size=n, random_state=rng) for k, s, n in (low, high)])
         dropped = pruned(torch.from_numpy(np.log(x))[None])[0]
         assert (dropped.numpy() == (np.arange(50) < 20)).mean() > .95
 
@@ -192,7 +209,8 @@ def test_pruning_finds_the_low_component():
 def test_pruning_keeps_the_surest_and_the_absent(case):
     lpm, _, valid = case
     dropped = pruned(lpm, valid)
-    assert not dropped[~valid].any() and not (dropped & (lpm == lpm.where(valid, -torch.inf).amax(1, keepdim=True))).any()
+    surest = lpm == lpm.where(valid, -torch.inf).amax(1, keepdim=True)
+    assert not dropped[~valid].any() and not (dropped & surest).any()
     for row, d, v in zip(lpm, dropped, valid):
         assert d.sum() == 0 or row[v].unique().numel() > 2
         assert (row.exp()[d] < row.exp()[v].mean() + 1e-6).all()

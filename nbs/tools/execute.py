@@ -23,9 +23,10 @@ NBS = Path(__file__).resolve().parents[1]
 
 
 def evaluated(nb, wanted=frozenset()):
-    "The cells of notebook `nb` that nbdev_test runs with the flags `wanted`, none if its front matter says `skip_exec`."
+    "The cells of `nb` that nbdev_test runs with the flags `wanted`, none if its front matter says `skip_exec`."
     # FrontmatterProc takes the cells apart that it reads, so it gets a copy of its own.
-    if str2bool(NBProcessor(nb.path_, procs=FrontmatterProc, process=True).nb.frontmatter_.get("skip_exec", False)): return []
+    if str2bool(NBProcessor(nb.path_, procs=FrontmatterProc, process=True).nb.frontmatter_.get("skip_exec", False)):
+        return []
     flags = set(get_config(path=NBS).tst_flags.split()) - wanted
     return [c for c in nb.cells if c.cell_type == "code" and "nbdev_export(" not in c.source
             and c.directives_.get("eval:", [""])[0].lower() != "false" and not c.directives_.keys() & flags]

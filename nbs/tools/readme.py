@@ -26,11 +26,13 @@ def render():
         for data in (o.data for o in cell.get("outputs", []) if "data" in o):
             if "text/markdown" in data: data["text/markdown"] = relink(data["text/markdown"])
     text, resources = MarkdownExporter().from_notebook_node(nb)
-    if resources["outputs"]: sys.exit("nbs/index.ipynb shows an inline figure; save it under nbs/images/ and link that.")
+    if resources["outputs"]:
+        sys.exit("nbs/index.ipynb shows an inline figure; save it under nbs/images/ and link that.")
     return HEAD + re.sub(r"\n{4,}", "\n\n", text.strip()) + "\n"  # the exporter is lavish with blank lines
 
 
 if __name__ == "__main__":
     readme, text = ROOT/"README.md", render()
     if sys.argv[1:] != ["--check"]: readme.write_text(text, encoding="utf-8")
-    elif readme.read_text(encoding="utf-8") != text: sys.exit("README.md is not what nbs/index.ipynb gives: run make export.")
+    elif readme.read_text(encoding="utf-8") != text:
+        sys.exit("README.md is not what nbs/index.ipynb gives: run make export.")

