@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'LORA_LR', 'FULL_LR', 'COMMANDS', 'command', 'demo', 'add_demo', 'base', 'add_base', 'comments', 'add_fields',
            'train', 'add_train', 'fingerprint', 'same_run', 'sampler_for', 'evaluate', 'add_evaluate', 'report',
-           'add_report', 'parser', 'main']
+           'named_columns', 'to_our_form', 'add_log_options', 'add_convert', 'add_report', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #706aff1b
 import argparse, hashlib, inspect, json, math, os, platform, re, shlex, sys, time, typing
@@ -19,8 +19,9 @@ import capo as _capo
 from . import report as _report
 from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, final_numbers, make_base, new_folder
 from .recipe import capo, grpo
-from .responses import sample_to_file
+from .responses import convert
 from .rollout import HFSampler, VLLMSampler
+from .sample import sample_to_file
 from .task import limit_threads, load_model, load_problems, load_tokenizer, prompts_for
 from .folder import Broken, read_settings, settings
 from .processes import processes
@@ -236,21 +237,50 @@ def report(a: argparse.Namespace, command: str) -> None:
     "Prints the tables and writes the folder."
     out = Path(a.out or f"runs/report-{time.strftime('%Y%m%d-%H%M%S')}")
     if out.exists(): new_folder(out)                       # refused before any work, if it holds something
-    made = _report.report(a.files, n=a.resamples, seed=a.seed, precision=a.precision)
-    made.save(new_folder(out))
+    made = _report.report(a.files, by=a.by, format=a.format, columns=named_columns(a.column), precision=a.precision)
+    made.save(new_folder(out), a.csv)
     print(f"{made}\n\nSee {out}/report.html, and report.md, summary.json and the pictures beside it.")
+    if made.refused and not a.skip_bad: raise Broken(f"{made.refused} lines could not be used, and no number counts them; --skip-bad accepts that")
+
+def named_columns(typed: Sequence[str]) -> dict[str, Any]:
+    "`correct=acc` says which column of a file is which field; `confidence` may be named several times."
+    out: dict[str, Any] = {}
+    for ours, equals, theirs in (x.partition("=") for x in typed):
+        if not (ours and equals and theirs): raise ValueError(f"column must be FIELD=COLUMN; it is {ours}")
+        out[ours] = theirs if ours not in out else [*([out[ours]] if isinstance(out[ours], str) else out[ours]), theirs]
+    return out
+
+def to_our_form(a: argparse.Namespace, command: str) -> None:
+    "Writes a log of another program as a file of responses."
+    n, flaws = convert(a.log, a.out, a.format, named_columns(a.column))
+    print(f"{n} responses are in {a.out}")
+    if flaws and not a.skip_bad: raise Broken(f"{len(flaws)} lines could not be used; the first: {flaws[0]}; --skip-bad accepts that")
+
+def add_log_options(p: argparse.ArgumentParser) -> None:
+    "What it takes to read somebody's log."
+    p.add_argument("--format", default=None, help="of the logs: lm-eval, lighteval, inspect, vllm, openai, verl, trl or capo; recognised by default")
+    p.add_argument("--column", action="append", default=[], metavar="FIELD=COLUMN", help="which column is which field, such as correct=acc; may be repeated")
+    p.add_argument("--skip-bad", action="store_true", help="accept that lines which cannot be used are missing from every number")
+
+def add_convert(commands: Any) -> None:
+    "The options of `capo convert`."
+    c = command(commands, "convert", to_our_form, "write the log of another program as a file of responses")
+    c.add_argument("log", help="a log that capo report reads")
+    c.add_argument("out", help="file to write; gzipped if it ends in .gz")
+    add_log_options(c)
 
 def add_report(commands: Any) -> None:
     "The options of `capo report`."
-    r = command(commands, "report", report, "report how far to trust the model behind a file of responses, or compare several")
-    r.add_argument("files", nargs="+", help="JSON lines, .gz too, one response a line: id, lpm or logps, correct or reference, answer, response, …; see capo.responses")
+    r = command(commands, "report", report, "say how far to trust the model behind a log, or compare several on the same questions")
+    r.add_argument("files", nargs="+", help="logs of lm-eval, lighteval, Inspect, vLLM, OpenAI, verl or TRL, tables, or files of responses (see capo.responses); .gz and pipes too")
     r.add_argument("--out", default=None, help="new folder; by default runs/report-DATE-TIME")
     r.add_argument("--precision", type=float, default=0.9, help="to ask of the responses above the threshold")
-    r.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    r.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    r.add_argument("--by", default=None, help="the confidence to report on; by default the first there is of lpm, confidence, score, token_confidence")
+    r.add_argument("--csv", action="store_true", help="write every table as CSV too")
+    add_log_options(r)
 
 # %% ../nbs/60_cli.ipynb #1dd4a05a
-COMMANDS = (add_demo, add_train, add_evaluate, add_report, add_base)
+COMMANDS = (add_demo, add_train, add_evaluate, add_report, add_convert, add_base)
 
 def parser() -> argparse.ArgumentParser:
     "Every command with its options."

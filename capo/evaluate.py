@@ -67,6 +67,7 @@ class Table:
 @dataclass(frozen=True)
 class Groups:
     "Responses with questions on one axis, for sets whose groups are of one size, or nearly."
+    prompt: list[str]
     text: list[list[str]]
     group: Int[Tensor, "B G"]      # −1 where there is no answer, or no response
     same_text: Int[Tensor, "B G"]
@@ -88,7 +89,7 @@ def padded(
     valid = there & r.score.isfinite()[rows]
     column = lambda x, absent: None if x is None else x[rows].where(there, absent)
     texts = [r.text[i:i + n] for i, n in zip(first.tolist(), size.tolist())]
-    return Groups(texts, column(r.group, -1), column(r.same_text, -1), column(r.correct, False),
+    return Groups(r.prompt, texts, column(r.group, -1), column(r.same_text, -1), column(r.correct, False),
                   r.score[rows].where(valid, 0), there, valid, column(r.length, 0), column(r.truncated, False))
 
 # %% ../nbs/23_evaluate.ipynb #c6533693
@@ -218,7 +219,7 @@ def order_numbers(r: Responses) -> dict[str, Number]:
     points = ranked(s, c, q)
     flat = unless((not keep.any(), "the responses come without a confidence"), (bool(c.all()), "all responses are right"),
                   (not c.any(), "all responses are wrong"))
-    alone = flat or unless((int(r.size.max()) == 1, "one response a question"))
+    alone = unless((int(r.size.max()) == 1, "one response a question")) or flat
     here = keep & r.length.isfinite() if r.length is not None else keep & False
     short, unknown = -r.length[here] if r.length is not None else s, unless((not here.any(), "the responses come without their length"))
     return {

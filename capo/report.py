@@ -349,6 +349,7 @@ class Report:
         return f'<style>{STYLE}</style><main class="capo">' + "\n".join(b.html() for b in (Heading(self.title, 1), *self.blocks)) + "</main>"
     def _repr_markdown_(self) -> str: return "\n\n".join(b.markdown() for b in (Heading(self.title, 1), *self.blocks)) + "\n"
     def __repr__(self) -> str: return f"<Report: {Paragraph(self.title).markdown()}>"
+    def save(self, folder: str | Path, tables: bool = False) -> Path: return save_report(self, folder, tables)
     def __str__(self) -> str:
         said = [textwrap.fill(b.markdown(), 80) if isinstance(b, Paragraph) else for_terminal(b.rows) for b in flat(self.blocks)
                 if isinstance(b, (Paragraph, Grid)) and getattr(b, "name", "") != "refused"]

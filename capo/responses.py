@@ -6,8 +6,8 @@
 __all__ = ['FLAGS', 'CHECKS', 'SCORES', 'Responses', 'is_number', 'as_text', 'as_id', 'as_flag', 'as_number', 'as_numbers',
            'as_count', 'as_lpm', 'as_probabilities', 'as_deepconf', 'checked', 'Columns', 'same_hash', 'add_row',
            'right', 'grade', 'numbered_answers', 'oddities', 'as_table', 'gather', 'to_disk', 'write_whole',
-           'response_rows', 'response_lines', 'write_responses', 'nothing_read', 'read_responses', 'as_responses',
-           'locked']
+           'response_rows', 'response_lines', 'write_responses', 'nothing_read', 'read_responses', 'convert',
+           'as_responses', 'locked']
 
 # %% ../nbs/22_responses.ipynb #5a21c0d3
 import gzip, hashlib, json, math, os
@@ -184,7 +184,7 @@ class Columns:
     def conflict(self, q: int, row: Mapping[str, Any]) -> str | None:
         "Why a row contradicts those before it; if it does not, it is remembered."
         for k, known in (("prompt", self.prompt), ("reference", self.reference)):
-            if row.get(k) is None: continue
+            if not row.get(k): continue
             if known[q] is None: known[q] = row[k]
             if known[q] != row[k]: return f"has another {k} than before: two questions share one id"
         if (sample := row.get("sample")) is None: return None
@@ -386,6 +386,24 @@ def read_responses(
                 if len(flaws) < limit: flaws.append(f"{path}, line {number}: {e}")
     if not c.text: raise nothing_read(paths, refused, flaws)
     return as_table(c, seconds, refused=refused, flaws=tuple(flaws))
+
+def convert(
+    path: str | Path,                 # a log
+    out: str | Path,                  # a file of responses; gzipped if it ends in .gz
+    format: str | None = None,        # of `capo.logs.FORMATS`; None: whichever knows its records
+    columns: Mapping[str, Any] = {},  # our field → theirs
+) -> tuple[int, list[str]]:
+    "Writes a log in our own form; returns how many responses it holds, and why others could not be used."
+    flaws: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for number, row in log_rows(path, format, columns):
+        try:
+            if isinstance(row, ValueError): raise row
+            rows.append(checked(row))
+        except ValueError as e: flaws.append(f"{path}, line {number}: {e}")
+    if not rows: raise nothing_read([path], len(flaws), flaws)
+    write_responses(out, rows)
+    return len(rows), flaws
 
 def as_responses(
     rollouts: Rollouts,                                     # graded responses
