@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TAU', 'REF_LOW', 'REF_HIGH', 'STATISTICS', 'LOGGED', 'ROWS', 'COLOURS', 'LABELS', 'arms', 'held_out_questions',
            'training_questions', 'evaluator', 'Job', 'save_responses', 'screen_line', 'progress', 'average',
-           'lpm_and_reward', 'run_job', 'make_base', 'commit', 'new_folder', 'described', 'check_comparison', 'compare',
-           'over_seeds', 'by_seed', 'mixed_in_all', 'numbers_of', 'shared_auc', 'summarise', 'at_accuracy',
-           'equal_accuracy', 'with_interval', 'final_numbers', 'curves_by_seed', 'draw_band', 'draw_comparison']
+           'lpm_and_reward', 'run_job', 'make_base', 'commit', 'described', 'check_comparison', 'compare', 'over_seeds',
+           'by_seed', 'mixed_in_all', 'numbers_of', 'shared_auc', 'summarise', 'at_accuracy', 'equal_accuracy',
+           'with_interval', 'final_numbers', 'curves_by_seed', 'draw_band', 'draw_comparison']
 
 # %% ../nbs/34_compare.ipynb #ffd885ae
 import json, math, multiprocessing, os, platform, shutil, subprocess
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 import capo as _capo
 from .calibration import auc_mean, group_auc, pair_auc, pooled_auc
 from .evaluate import Table, accuracy, bootstrap, evaluate
+from .folder import CSVLog, new_folder
 from .logprob import mean_logp
 from .recipe import Recipe, capo, grpo, grpo_size
 from .responses import response_rows, write_responses
 from .rollout import HFSampler, Rollouts, rollout, rollout_logps
-from .folder import CSVLog
+from .run import saving_bad_step
 from .task import Problem, arithmetic, arithmetic_tokenizer, calibrated_teacher, last_integer, limit_threads
 from .task import pretrain, tiny_lm, verify
 from .train import TrainConfig, train
@@ -122,7 +123,7 @@ def run_job(job: Job) -> dict[str, Any]:
     base = rollout(HFSampler(model, tokenizer, 16), questions, job.samples, verify, seed=20_000 + seed)
     numbers = evaluator(tokenizer, questions, base, job.samples, seed, kept.__setitem__)
     steps, evals = CSVLog(folder / "log.csv"), CSVLog(folder / "evals.csv")
-    with progress(job.config.steps, f"{job.arm} seed {seed}") as bar:
+    with progress(job.config.steps, f"{job.arm} seed {seed}") as bar, saving_bad_step(folder):
         shown: dict[str, str] = {}
         def watch(policy: nn.Module, step: int) -> dict[str, float]:
             row = numbers(policy, step)
@@ -158,17 +159,6 @@ def commit() -> str | None:
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     found = subprocess.run(describe, capture_output=True, text=True)
     return found.stdout.strip() or None
-
-# %% ../nbs/34_compare.ipynb #972a1043
-def new_folder(
-    folder: str | Path, # to be created
-) -> Path:
-    "Creates the folder; `FileExistsError` with one sentence if it exists and holds something, or is a file."
-    folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FileExistsError(f"{folder} holds another run; name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 # %% ../nbs/34_compare.ipynb #d085ee45
 def described(

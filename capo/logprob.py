@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mean_logp', 'perplexity', 'gather_logps', 'head_logps', 'Anatomy', 'at_rest', 'anatomy', 'rows_of', 'token_logps',
-           'Block', 'Branches', 'read', 'stems', 'shared_logps', 'shares']
+           'Block', 'Branches', 'stems', 'shared_logps', 'shares']
 
 # %% ../nbs/02_logprob.ipynb #4eedcafe
 import inspect, os
@@ -52,13 +52,21 @@ def gather_logps(
     return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
 
 # %% ../nbs/02_logprob.ipynb #9213dc9b
-def _lm(model: nn.Module) -> Any:
-    "The model of transformers inside a peft adapter."
-    return getattr(model, "get_base_model", lambda: model)()
+def _lm(model: Any) -> Any:
+    "The model of transformers inside a peft adapter or what `torch.compile` made of it."
+    while hasattr(model, "get_base_model") or hasattr(model, "_orig_mod"):
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model._orig_mod
+    return model
+
+def _taken(lm: nn.Module) -> Any:
+    "What `forward` takes: that of the model, or where it says only `*args, **kwargs`, of what it extends."
+    for forward in (lm.forward, *(getattr(kind, "forward", len) for kind in type(lm).__mro__)):
+        if "input_ids" in (taken := inspect.signature(forward).parameters): return taken
+    raise ValueError(f"{type(lm).__name__} hides what its forward takes; pass the model inside it")
 
 def _positions(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
     "Positions from the first real token on, for models that take them."
-    if "position_ids" not in inspect.signature(_lm(model).forward).parameters: return {}
+    if "position_ids" not in _taken(_lm(model)): return {}
     return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)}
 
 # %% ../nbs/02_logprob.ipynb #c20d915e
@@ -138,6 +146,10 @@ class Anatomy:
         "Of the tokens that follow these states."
         return head_logps(hidden, self.layer.weight, tokens, self.layer.bias, temperature, self.softcap, budget)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        "Of whatever follows these states."
+        return _capped(self.layer(hidden), self.softcap)
+
 _known: WeakKeyDictionary = WeakKeyDictionary() # model → its anatomy, or None
 
 # %% ../nbs/02_logprob.ipynb #39742d85
@@ -149,7 +161,7 @@ def _taken_apart(model: nn.Module) -> Anatomy | None:
     found = Anatomy(body, layer, getattr(lm.config, "final_logit_softcapping", None))
     ids = torch.arange(2, 6, device=layer.weight.device)[None] % len(layer.weight)
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-    if not _close(_capped(layer(hidden), found.softcap), model(input_ids=ids, use_cache=False).logits): return None
+    if not _close(found.logits(hidden), model(input_ids=ids, use_cache=False).logits): return None
     return found
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -285,6 +297,7 @@ class Branches:
     "Token sequences that branch off from one another, written into one row, and the attention within it."
     def __init__(self, device: Any = None):
         self.device, self.tokens, self.positions, self.blocks = device, [], [], []
+        self.memory: list[Any] | None = None                     # a list here gets each layer's keys and values
 
     def grow(self, sequences: Sequence[Sequence[int]], above: Block | None = None, parent: Sequence[int] = ()) -> Block:
         "Writes sequences of at least one token, each behind one of the block above."
@@ -309,6 +322,7 @@ class Branches:
             known[block] = pair
             out = _attend(queries, *pair, block.mask, **how).transpose(1, 2).flatten(0, 1)
             done.append(rows_of(out, block.home))
+        if self.memory is not None: self.memory.append(pair)     # of the last block, with what precedes it
         return torch.cat(done)
 
 def _places(x: Tensor, block: Block) -> Float[Tensor, "N H T D"]:
@@ -345,7 +359,7 @@ def _reading(lm: Any) -> Iterator[None]:
         for m, f in zip(layers, funcs): m._gradient_checkpointing_func = f
 
 # %% ../nbs/02_logprob.ipynb #06420bb5
-def read(
+def _read(
     found: Anatomy,                   # of the model
     lm: Any,                          # the model of transformers
     row: Branches,                    # what it reads
@@ -396,7 +410,7 @@ def _shared(found: Any, lm: Any, prompts: Any, responses: Any, parent: Any, *how
         block = row.grow([responses[i][:-1] for i in part], stem, [which[i] for i in part])
         for i, start in zip(part, block.starts): states[i] += range(start, start + lengths[i])
     flat = lambda lists: torch.tensor([x for xs in lists for x in xs], dtype=torch.long, device=row.device)
-    return found.logps(read(found, lm, row).index_select(0, flat(states)), flat(responses), *how)
+    return found.logps(_read(found, lm, row).index_select(0, flat(states)), flat(responses), *how)
 
 # %% ../nbs/02_logprob.ipynb #5b975a0a
 def _reads_branches(found: Anatomy, model: nn.Module) -> bool:

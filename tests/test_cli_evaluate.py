@@ -12,7 +12,8 @@ import torch
 
 import capo.sample as lib
 from capo import cli
-from capo.cli import fingerprint, main, same_run
+from capo.cli import main
+from capo.folder import fingerprint, same_run
 from capo.task import load_model, load_tokenizer, prompts_for
 from capo.evaluate import read_responses
 from capo.task import INSTRUCTION, Problem, arithmetic, arithmetic_tokenizer, tiny_lm, verify
@@ -160,7 +161,7 @@ def test_a_folder_with_something_else_is_left_alone(capsys, content):
 
 def test_a_kill_before_the_first_response_leaves_no_obstacle():
     Path("out").mkdir()
-    Path("out/config.json.part").write_text("{")
+    Path("out/.config.json.new").write_text("{")
     assert same_run("out", {"a": 1}, {}) == Path("out") and files() == ["out/config.json"]
     assert same_run("out", {"a": 1}, {"other": 1}) == Path("out")
 

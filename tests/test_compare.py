@@ -15,11 +15,12 @@ from capo import compare as lib
 from capo.calibration import auc_mean, group_auc, pair_auc, pooled_auc
 from capo.compare import (
     Job, arms, at_accuracy, compare, draw_comparison, equal_accuracy, evaluator, final_numbers, held_out_questions,
-    make_base, mixed_in_all, new_folder, over_seeds, run_job, summarise, training_questions)
+    make_base, mixed_in_all, over_seeds, run_job, summarise, training_questions)
 from capo.evaluate import accuracy, most_confident
 from capo.recipe import capo, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
 from capo.task import base_model, calibrated_teacher, tiny_lm, verify
+from capo.folder import new_folder
 from capo.train import TrainConfig
 from helpers import FAKES, InProcess, rollouts
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from capo.compare import commit, new_folder
+from capo.compare import commit
 from capo.evaluate import evaluate
 from capo.mask import quantile_thresholds
 from capo.recipe import capo as capo_recipe, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
 from capo.task import last_integer, verify
-from capo.folder import CSVLog
+from capo.folder import CSVLog, new_folder
 from capo.run import saving_bad_step
 from capo.train import TrainConfig, train
 from smollm2 import FOLDER as MODEL, SHA256
