@@ -24,7 +24,7 @@ from .folder import Broken, at_least, not_negative, notice, one_of, positive
 from .grpo import clip_fraction, kl_penalty, policy_ratio
 from .processes import add_up, exchange, own_share, processes, together
 from .recipe import Recipe, capo
-from .rollout import HFSampler, Rollouts, Sampler, corrected, mismatch, parts, rollout, rollout_logps, score
+from .rollout import HFSampler, Rollouts, Sampler, corrected, mismatch, parts, rollout, score, taught_logps
 from .task import Problem
 
 # %% ../nbs/32_train.ipynb #8aee27d1
@@ -216,13 +216,14 @@ def accumulate(
     whole, mine, sums = r.mask.flatten(0, 1), own_share(len(r)), torch.zeros(6, dtype=torch.float64)
     for rows, part in parts(r[mine], config.token_budget) if mine.start < mine.stop else []:
         A, old, mask = advantage[mine].flatten()[rows], part.old_logp.flatten(0, 1), part.mask.flatten(0, 1)
-        with recomputing(policy): logp = rollout_logps(policy, part, part.temperature).flatten(0, 1)
+        taught = (A != 0).reshape(len(A), -1).any(-1) | (config.kl > 0)     # the rest has no gradient, unless the KL has
+        with recomputing(policy): logp = taught_logps(policy, part, taught.view_as(part.reward)).flatten(0, 1)
         weight = {} if part.weight is None else {"weight": part.weight.flatten(0, 1)}
         loss = recipe.loss(logp, old, A, mask, **weight) * (recipe.count(mask) / recipe.count(whole))
         kl = loss.new_zeros(())
         if config.kl and part.ref_logp is not None:
             kl = kl_penalty(logp, part.ref_logp.flatten(0, 1), mask) * (len(mask) / len(whole))
-        (loss + config.kl * kl).backward()
+        if taught.any(): (loss + config.kl * kl).backward()
         learner.take()
         sums += torch.stack([loss.detach(), kl.detach(), *counted(logp.detach(), old, A, mask)]).cpu().double()
     add_up(sums, *learner.gradients())

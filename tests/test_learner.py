@@ -8,6 +8,7 @@ import torch
 
 from capo import cli
 from capo.grpo import clipped_loss, kl_penalty
+from capo.logprob import shares
 from capo.recipe import Recipe, capo, grpo, grpo_size
 from capo.folder import LOGS, Checkpoints, Logs, TensorBoardLog
 from capo.processes import together
@@ -23,13 +24,13 @@ def rollouts(n=6, **options):
 
 
 def test_the_default_loop_is_the_plain_one():
-    "Written out: sample, advantage, two halves, AdamW. Every weight is equal to the last bit."
-    config, policy = replace(small, updates=2), model()
-    result = run(config=config)
+    "Written out: sample, advantage, two halves, AdamW. Every weight is equal to the last bit where no advantage is 0."
+    config, policy, advantage = replace(small, updates=2), model(), lambda r, step: grpo().advantage(r, step) + .125
+    result = run(replace(grpo(), advantage=advantage), config)
     optimizer, sampler = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.), HFSampler(policy, tokenizer, 16)
     for step, batch in enumerate(batches(problems, config), 1):
         r = rollout(sampler, batch, 4, has_a_seven, seed=step)
-        A = grpo().advantage(r, step)
+        A = advantage(r, step)
         for i, j in ((0, 3), (3, 6)):
             logp, old, mask = (x.flatten(0, 1) for x in (rollout_logps(policy, r[i:j]), r[i:j].old_logp, r[i:j].mask))
             optimizer.zero_grad(); clipped_loss(logp, old, A[i:j].flatten(), mask).backward()
@@ -58,6 +59,31 @@ def test_the_sum_over_parts_is_the_gradient_of_the_whole(recipe, options):
     assert whole.norm() > 1e-2
     torch.testing.assert_close(again, whole, rtol=0, atol=1e-6)
     assert numbers_again == pytest.approx(numbers, abs=1e-6)
+
+
+@pytest.mark.parametrize("recipe", [grpo(), capo(.5, 1.5, 20., grpo_size), token_mean], ids=lambda r: r.name)
+@pytest.mark.parametrize("budget", [0, 60])
+def test_what_has_no_advantage_is_not_computed_and_changes_nothing(recipe, budget):
+    r, policy, read = rollouts(12), model().double(), []
+    A = recipe.advantage(r, 1).flatten()
+    assert 0 < (A == 0).sum() < len(A)
+    logp, old, mask, w = (x.flatten(0, 1) for x in (rollout_logps(policy, r), r.old_logp, r.mask, r.weight))
+    recipe.loss(logp, old, A, mask, weight=w).backward()
+    config = TrainConfig(token_budget=budget)
+    fast = prepare(model().double(), config)
+    shares(fast)
+    fast.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape[1]))
+    learner = Learner(fast, config)
+    accumulate(fast, learner, recipe, r, A.view_as(r.reward), config)
+    found = torch.cat([g.flatten() for g in learner.gradients()])
+    torch.testing.assert_close(found, torch.cat([p.grad.flatten() for p in policy.parameters()]), rtol=0, atol=1e-7)
+    taught = (A != 0).view_as(r.reward)
+    asked = r.prompt_mask.sum(-1)[taught.any(1)].sum()
+    if not budget: assert sum(read) == asked + (r.mask.sum(-1) - 1)[taught].sum()
+    read.clear()
+    learner.clear()
+    numbers = accumulate(fast, learner, recipe, r, torch.zeros_like(r.reward), config)
+    assert not read and numbers["loss"] == 0 and all((g == 0).all() for g in learner.gradients())
 
 
 def test_a_gradient_by_hand_with_weights_and_kl():
