@@ -293,8 +293,11 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int, stop: Se
 def _tokenize(tokenizer: Any, prompts: Sequence[str], n: int) -> Any:
     if not len(prompts): raise ValueError("prompts is empty: there is nothing to answer")
     if n < 1: raise ValueError(f"n must be at least 1; it is {n}")
-    if not all(tokenizer(list(prompts)).input_ids): raise ValueError("a prompt has no tokens: there is nothing to continue")
-    return tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
+    batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
+    if tokenizer("1").input_ids[-1] == tokenizer.eos_token_id:                  # some end every text; a prompt goes on
+        for k in batch: batch[k] = batch[k][:, :-1]
+    if not batch.attention_mask.any(1).all(): raise ValueError("a prompt has no tokens: there is nothing to continue")
+    return batch
 
 def _rollouts(tokenizer: Any, batch: Any, temperature: float, truncated: Tensor, **columns: Tensor) -> Rollouts:
     "From columns (B, G, T), cut to the longest response, with padding and text."

@@ -17,6 +17,7 @@ SECONDS = {
     "10_answer.ipynb": 180,
     "11_task.ipynb": 180,
     "12_rollout.ipynb": 180,
+    "13_data.ipynb": 180,
     "20_vote.ipynb": 180,
     "21_selective.ipynb": 180,
     "22_responses.ipynb": 180,

@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from capo.logprob import shares
 from capo.rollout import (HFSampler, Rollouts, VLLMSampler, corrected, cut_by_tokens, draw, grade, mismatch,
                           plain_rollout_logps, rollout, rollout_logps, score, splitmix, uniforms)
-from capo.task import Problem, arithmetic_tokenizer
+from capo.task import Problem, arithmetic_tokenizer, base_model
 from helpers import V, each_model, model_of
 
 tokenizer, EOS, PAD = arithmetic_tokenizer(), 1, 0
@@ -420,3 +420,14 @@ def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
 def test_a_share_of_the_questions_has_the_draws_of_the_whole():
     whole = sampler()(PROMPTS, 3, seed=4)
     assert sampler(first=2)(PROMPTS[2:], 3, seed=4).text == whole.text[2:]
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt():
+    from tokenizers.processors import TemplateProcessing
+    model, tokenizer = base_model()
+    ending = arithmetic_tokenizer()
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", ending.eos_token_id)])
+    assert ending("1+2=").input_ids[-1] == ending.eos_token_id
+    plain, other = (HFSampler(model, t, 8)(["1+2=", "3+4+5="], 2, 0) for t in (tokenizer, ending))
+    assert plain.prompt_ids.equal(other.prompt_ids) and plain.response_ids.equal(other.response_ids)
