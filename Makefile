@@ -5,10 +5,11 @@ BIN := .venv/bin
 READY := .venv/.ready
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
+VERL := .venv-verl/bin
 TRL ?= 1.0.0
 TRL_VENV := .venv-trl-$(TRL)
 
-.PHONY: demo test test-portable test-vllm test-trl lint notebooks export clean
+.PHONY: demo test test-portable test-vllm test-verl test-trl lint notebooks export clean
 
 demo: $(READY)       # train GRPO and CAPO side by side, a few minutes
 	$(BIN)/capo demo
@@ -18,6 +19,9 @@ test: $(READY)       # everything, each notebook included, on up to four cores
 
 test-portable: $(READY) # the notebooks alone, with kernels that use no vector instructions: what they assert holds on any processor
 	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal tests/test_notebooks.py
+
+test-verl: .venv-verl/.ready # the plugin of verl, in an environment of its own: what of it runs without a GPU
+	cd tests/with_verl && ../../$(VERL)/python -m pytest --confcutdir=. .
 
 test-trl: $(TRL_VENV)/.ready # another version of TRL, in an environment of its own: make test-trl TRL=1.9.2
 	$(TRL_VENV)/bin/python -m pytest tests/test_trl.py
@@ -59,4 +63,12 @@ $(TRL_VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TRL_VENV)
 	$(TRL_VENV)/bin/pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
 	$(TRL_VENV)/bin/pip install --quiet --no-deps trl==$(TRL)
+	@touch $@
+
+# verl wants an older transformers, and imports more than it declares.
+.venv-verl/.ready: settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv .venv-verl
+	$(VERL)/pip install --quiet torch==2.13.0 verl==0.9.1 TransferQueue cachetools uvicorn fastapi ipython \
+	    jaxtyping math-verify matplotlib safetensors pytest pytest-timeout hypothesis beartype
+	$(VERL)/pip install --quiet --no-deps -e .
 	@touch $@

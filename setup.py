@@ -31,6 +31,7 @@ setup(
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={key.removesuffix("_requirements"): shlex.split(value)
                     for key, value in cfg.items() if key.endswith("_requirements")},
-    entry_points={"console_scripts": shlex.split(cfg["console_scripts"])},
+    entry_points={"console_scripts": shlex.split(cfg["console_scripts"]),
+                  "verl.plugins": ["capo = capo.verl"]},  # verl imports it, and it registers itself
     zip_safe=False,
 )

@@ -52,13 +52,21 @@ def gather_logps(
     return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
 
 # %% ../nbs/02_logprob.ipynb #9213dc9b
-def _lm(model: nn.Module) -> Any:
-    "The model of transformers inside a peft adapter."
-    return getattr(model, "get_base_model", lambda: model)()
+def _lm(model: Any) -> Any:
+    "The model of transformers inside a peft adapter or what `torch.compile` made of it."
+    while hasattr(model, "get_base_model") or hasattr(model, "_orig_mod"):
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model._orig_mod
+    return model
+
+def _taken(lm: nn.Module) -> Any:
+    "What `forward` takes: that of the model, or where it says only `*args, **kwargs`, of what it extends."
+    for forward in (lm.forward, *(getattr(kind, "forward", len) for kind in type(lm).__mro__)):
+        if "input_ids" in (taken := inspect.signature(forward).parameters): return taken
+    raise ValueError(f"{type(lm).__name__} hides what its forward takes; pass the model inside it")
 
 def _positions(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
     "Positions from the first real token on, for models that take them."
-    if "position_ids" not in inspect.signature(_lm(model).forward).parameters: return {}
+    if "position_ids" not in _taken(_lm(model)): return {}
     return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)}
 
 # %% ../nbs/02_logprob.ipynb #c20d915e

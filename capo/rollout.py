@@ -34,6 +34,7 @@ class Rollouts:
     temperature: float = 1.0
     tempered_logp: Float[Tensor, "B G T"] | None = None # under the sampling distribution, where temperature is not 1
     ref_logp: Float[Tensor, "B G T"] | None = None    # under the reference model, once it was asked
+    ref_tempered_logp: Float[Tensor, "B G T"] | None = None # likewise at `temperature`, where that is not 1, for a KL
     token_confidence: Float[Tensor, "B G T"] | None = None # minus the mean log-probability of the likeliest tokens, if asked for
     weight: Float[Tensor, "B G T"] | None = None      # of each token in the loss, where another engine sampled; None: 1
 
@@ -41,6 +42,8 @@ class Rollouts:
     def valid(self) -> Bool[Tensor, "B G"]: return self.mask.sum(-1) > 0
     @property
     def old_logp(self) -> Float[Tensor, "B G T"]: return self.logp if self.tempered_logp is None else self.tempered_logp
+    @property
+    def ref_old_logp(self) -> Any: return self.ref_logp if self.ref_tempered_logp is None else self.ref_tempered_logp
     @property
     def lpm(self) -> Float[Tensor, "B G"]: return mean_logp(self.logp, self.mask)
     @property
@@ -207,7 +210,9 @@ def sample(
     row, u = torch.arange(B * G, device=prompt_ids.device), u.flatten(0, 1)
     position = _positions(model, prompt_mask)
     first = model(input_ids=prompt_ids, attention_mask=prompt_mask, use_cache=True, logits_to_keep=1, **position)
-    cache, logits, seen = first.past_key_values, first.logits[row // G, -1], prompt_mask[row // G]
+    cache: Any = getattr(first, "past_key_values", None)
+    logits, seen = first.logits[row // G, -1], prompt_mask[row // G]
+    if not hasattr(cache, "reorder_cache"): raise ValueError(f"{type(model).__name__} has no key–value cache, which HFSampler needs")
     position, truncated = {k: v[row // G, -1:] for k, v in position.items()}, torch.ones_like(row, dtype=torch.bool)
     cache.reorder_cache(row // G)
     for t in range(T):
@@ -293,11 +298,15 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int, stop: Se
 def _tokenize(tokenizer: Any, prompts: Sequence[str], n: int) -> Any:
     if not len(prompts): raise ValueError("prompts is empty: there is nothing to answer")
     if n < 1: raise ValueError(f"n must be at least 1; it is {n}")
-    batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
-    if tokenizer("1").input_ids[-1] == tokenizer.eos_token_id:                  # some end every text; a prompt goes on
-        for k in batch: batch[k] = batch[k][:, :-1]
-    if not batch.attention_mask.any(1).all(): raise ValueError("a prompt has no tokens: there is nothing to continue")
-    return batch
+    ids = [_open_ended(tokenizer, text, x) for text, x in zip(prompts, tokenizer(list(prompts)).input_ids)]
+    if not all(ids): raise ValueError("a prompt has no tokens: there is nothing to continue")
+    return tokenizer.pad({"input_ids": ids}, padding=True, padding_side="left", return_tensors="pt")
+
+def _open_ended(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    "The tokens of a prompt without an EOS that the tokenizer put behind it: after that there is nothing to say."
+    eos = tokenizer.eos_token_id
+    added = ids and ids[-1] == eos and tokenizer(text, add_special_tokens=False).input_ids[-1:] != [eos]
+    return ids[:-1] if added else ids
 
 def _rollouts(tokenizer: Any, batch: Any, temperature: float, truncated: Tensor, **columns: Tensor) -> Rollouts:
     "From columns (B, G, T), cut to the longest response, with padding and text."
@@ -315,8 +324,13 @@ def grade(
 ) -> Rollouts:
     "The rollouts with `reward` 1 where `verify` says so and the response ended by itself, else 0."
     if len(rollouts) != len(problems): raise ValueError(f"there are {len(rollouts)} questions and {len(problems)} problems")
-    right = torch.tensor([[bool(verify(t, p.answer)) for t in ts] for ts, p in zip(rollouts.text, problems)], device=rollouts.mask.device)
+    graded = [[_verdict(verify(t, p.answer)) for t in ts] for ts, p in zip(rollouts.text, problems)]
+    right = torch.tensor(graded, device=rollouts.mask.device)
     return replace(rollouts, reward=(right & ~rollouts.truncated & rollouts.valid).to(rollouts.logp.dtype))
+
+def _verdict(x: Any) -> bool:
+    if x is None or isinstance(x, str) or x not in (0, 1): raise ValueError(f"a verifier must return a bool, 0 or 1; it returned {x!r}")
+    return bool(x)
 
 # %% ../nbs/12_rollout.ipynb #2c3491a7
 def rollout(

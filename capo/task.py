@@ -271,9 +271,17 @@ def load_model(
     "A causal LM in eval mode, on the GPU if there is one; `ValueError` with one sentence if it cannot be loaded."
     from transformers import AutoModelForCausalLM
     if name == "tiny": return base_model()[0]
+    if (Path(name) / "adapter_config.json").is_file(): return _with_adapter(name, dtype, remote_code)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     model = pretrained(AutoModelForCausalLM, name, dtype=kind, trust_remote_code=remote_code)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+def _with_adapter(folder: str, dtype: str, remote_code: bool) -> Any:
+    "The base that an adapter names, with the adapter as peft loads it, so that it can be trained on."
+    from peft import PeftModel
+    about = json.loads((Path(folder) / "adapter_config.json").read_text())
+    base = load_model(about["base_model_name_or_path"], dtype, remote_code)
+    return PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
 
 # %% ../nbs/11_task.ipynb #4c838d66
 def template_options(

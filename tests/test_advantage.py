@@ -20,7 +20,8 @@ phis = st.sampled_from(list(PHIS))
 
 def pairs(lpm, correct, valid):
     "Every pair of a right and a wrong response: question, right, wrong."
-    return [(b, i, j) for b, c in enumerate(correct & valid) for i in range(len(c)) if c[i] for j in range(len(c)) if valid[b, j] and not correct[b, j]]
+    right, wrong = (correct & valid).nonzero().tolist(), (~correct & valid).nonzero().tolist()
+    return [(b, i, j) for b, i in right for c, j in wrong if b == c]
 
 
 def risk(lpm, correct, valid, phi):
@@ -61,7 +62,8 @@ def test_grpo_is_the_linear_setting(case):
 def test_permutations_go_through(case, phi, seed):
     lpm, correct, valid = case[0].double(), case[1], case[2]
     q, p = shuffle(len(lpm), seed), shuffle(lpm.shape[1], seed)
-    close(pairwise_advantage(lpm[q][:, p], correct[q][:, p], phi, valid[q][:, p]), pairwise_advantage(lpm, correct, phi, valid)[q][:, p], 1e-9)
+    mixed = pairwise_advantage(lpm[q][:, p], correct[q][:, p], phi, valid[q][:, p])
+    close(mixed, pairwise_advantage(lpm, correct, phi, valid)[q][:, p], 1e-9)
 
 
 @given(groups(), phis, st.lists(st.integers(-40, 40), min_size=4, max_size=4))
@@ -117,14 +119,15 @@ def test_for_large_tau_it_is_grpo(case, tau):
 
 @given(groups(), st.floats(.002, .02))
 def test_for_small_tau_it_counts_the_lost_pairs(case, tau):
-    "τÃ_i is, but for n exp(−gap/τ), the pairs that i loses, ties ½; the right ones' sum is that of the pairs times 1 − AUC."
+    "τÃ_i is, but for n exp(−gap/τ), the pairs that i loses, ties ½; the right ones' sum is pairs · (1 − AUC)."
     lpm, correct, valid = case[0].double(), case[1], case[2]
     lost = torch.zeros_like(lpm)
     for b, i, j in pairs(lpm, correct, valid):
         share = .5 if lpm[b, i] == lpm[b, j] else float(lpm[b, i] < lpm[b, j])
         lost[b, i] += share
         lost[b, j] -= share
-    A, bound = tau * capo_advantage(lpm, correct, tau, valid), lpm.shape[1] * math.exp(-.25 / tau)     # scores are in quarters
+    A = tau * capo_advantage(lpm, correct, tau, valid)
+    bound = lpm.shape[1] * math.exp(-.25 / tau)                                                 # scores are in quarters
     close(A, lost, bound + 1e-10)
     n = (correct & valid).sum(1) * (~correct & valid).sum(1)
     close(A.clamp(min=0).sum(1), (n * (1 - group_auc(lpm, correct, valid))).nan_to_num(), bound * lpm.shape[1] + 1e-6)
@@ -149,7 +152,10 @@ def test_padding_changes_nothing_group_by_group(case, phi, junk, n):
         if v.any(): close(a[v], pairwise_advantage(x[v][None], c[v][None], phi)[0], 1e-9)
 
 
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(-9, 0), st.booleans()), min_size=1, max_size=20), st.floats(.1, 5))
+named = st.tuples(st.sampled_from("abcd"), st.integers(-9, 0), st.booleans())
+
+
+@given(st.lists(named, min_size=1, max_size=20), st.floats(.1, 5))
 def test_ragged_groups(rows, tau):
     ids, lpm, correct = (list(x) for x in zip(*rows))
     lpm, correct = torch.tensor(lpm).double() / 4, torch.tensor(correct)
@@ -182,7 +188,8 @@ def test_an_extreme_lpm_stays_finite(phi, dtype):
 
 def test_any_type_of_label():
     lpm, correct = torch.tensor([[-1., -2., -3.]]), torch.tensor([[0, 1, 1]])
-    for c in (correct.bool(), correct.float(), correct.half()): assert capo_advantage(lpm, c).equal(capo_advantage(lpm, correct))
+    for c in (correct.bool(), correct.float(), correct.half()):
+        assert capo_advantage(lpm, c).equal(capo_advantage(lpm, correct))
 
 
 def test_there_is_no_gradient_through_the_advantage():
@@ -196,7 +203,7 @@ def test_a_list_is_its_rectangle_to_the_last_bit(case, phi):
     row = torch.arange(len(lpm))[:, None].expand_as(lpm).flatten()
     flat = flat_advantage(lpm.flatten(), correct.flatten(), row, phi, valid.flatten())
     assert flat.view_as(lpm).equal(pairwise_advantage(lpm, correct, phi, valid))
-    names = np.array([f"question {r}" for r in row], dtype=object)                                      # as verl has them
+    names = np.array([f"question {r}" for r in row], dtype=object)                              # as verl has them
     assert flat_advantage(lpm.flatten(), correct.flatten(), names, phi, valid.flatten()).equal(flat)
 
 

@@ -59,7 +59,8 @@ def test_right_is_pushed_up_and_wrong_down(case, scale):
 def test_padding_changes_nothing(case, junk, n, scale):
     reward, _, valid = case
     wide = lambda x, fill: torch.cat([torch.full((len(x), n), fill), x], 1)
-    close(grpo_advantage(wide(reward, junk), scale, wide(valid, False)), wide(grpo_advantage(reward, scale, valid), 0.), 1e-6)
+    padded = grpo_advantage(wide(reward, junk), scale, wide(valid, False))
+    close(padded, wide(grpo_advantage(reward, scale, valid), 0.), 1e-6)
 
 
 @pytest.mark.parametrize("reward", [.1, 1e6 + .1, -3.3, 0., 1.])
@@ -88,7 +89,7 @@ def test_any_type_of_reward(dtype):
 
 
 def by_loop(logp, old, A, mask, low, high):
-    "The clipped objective a token at a time: a gain is capped at 1 + high when A > 0, a loss floored at 1 − low when A < 0."
+    "The clipped objective by token: a gain is capped at 1 + high when A > 0, a loss floored at 1 − low when A < 0."
     total = 0.
     for new_row, old_row, a, m in zip(logp.tolist(), old.tolist(), A.tolist(), mask.tolist()):
         ratios = [math.exp(x - y) for x, y, there in zip(new_row, old_row, m) if there]
@@ -143,7 +144,8 @@ def test_the_clipped_share_is_where_the_gradient_is_gone(case, eps):
     clipped_loss(logp, old, A, mask, eps).backward()
     live = mask.bool() & (A != 0)[:, None]
     ratio, (low, high) = (logp - old).detach().exp(), clip_range(eps)
-    if ((ratio - low).abs() < 1e-9).logical_or((ratio - high).abs() < 1e-9)[live].any(): return   # at the kink either is right
+    kinks = ((ratio - low).abs() < 1e-9) | ((ratio - high).abs() < 1e-9)
+    if kinks[live].any(): return                                            # at a kink either is right
     close(clip_fraction(*case, eps), ((logp.grad == 0) & live).sum() / max(1, int(live.sum())), 1e-6)
 
 

@@ -23,6 +23,7 @@ SECONDS = {
     "22_responses.ipynb": 180,
     "23_evaluate.ipynb": 180,
     "24_report.ipynb": 180,
+    "27_policy.ipynb": 180,
     "28_folder.ipynb": 180,
     "29_processes.ipynb": 180,
     "30_recipe.ipynb": 180,
@@ -34,6 +35,7 @@ SECONDS = {
     "43_trust.ipynb": 180,
     "44_qwen.ipynb": 180,
     "50_trl.ipynb": 180,
+    "51_verl.ipynb": 180,
     "60_cli.ipynb": 300,
     "index.ipynb": 180,
 }

@@ -43,7 +43,7 @@ FALSE = [
               replace='"Dr. GRPO, token mean": drift((labels - accs) / (9 + length))',
               caught='for x in drifts["Dr. GRPO, token mean"]'),
     Falsified("the weight of a question is a tenth too large",
-              find="(binomial * c * k * (G - k)).sum()", replace="(1.1 * binomial * c * k * (G - k)).sum()",
+              find="(binomial * psi * k * (G - k)).sum()", replace="(1.1 * binomial * psi * k * (G - k)).sum()",
               caught="test_close(omega(acc, 3, torch.ones"),
     Falsified("a normaliser that looks at confidences turns nothing",
               find="over = 3 * over_std(3)[label[trios].sum(1).long()][:, None]",

@@ -55,7 +55,7 @@ FALSE = [
     Falsified("GRPO and CAPO change places",
               find="path",
               replace=lambda path: lambda arm, *a: path({"GRPO": "CAPO 0.5", "CAPO 0.5": "GRPO"}.get(arm, arm), *a),
-              caught='ahead(key) >= 9'),
+              at="def ahead(key)", caught="ahead(key) >= 9"),
     Falsified("order and draws change places",
               find='("", "_at_mark", "_order", "_drawn")', replace='("", "_at_mark", "_drawn", "_order")',
               caught='(parts("GRPO", mark, kind)["draws"] < 0).all()'),
