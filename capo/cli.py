@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Run', 'LORA_LR', 'FULL_LR', 'IDENTITY', 'EVALUATE', 'COMMANDS', 'typed_fields', 'new_name', 'run_demo', 'run_base',
-           'run_train', 'sampler_for', 'check_evaluate', 'identity', 'sample_all', 'run_evaluate', 'run_report', 'Help',
-           'command', 'comments', 'add_fields', 'add_demo', 'add_base', 'add_train', 'add_evaluate', 'add_report',
-           'parser', 'main']
+           'run_train', 'sampler_for', 'check_evaluate', 'identity', 'sample_all', 'run_evaluate', 'named_columns',
+           'accept', 'run_report', 'run_convert', 'Help', 'command', 'comments', 'add_fields', 'add_demo', 'add_base',
+           'add_train', 'add_evaluate', 'add_log_options', 'add_report', 'add_convert', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #706aff1b
 import argparse, hashlib, inspect, json, math, platform, re, shlex, sys, time, typing
@@ -20,11 +20,13 @@ import capo as _capo
 from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, final_numbers, make_base
 from .data import DATASETS, DataOptions
 from .folder import Broken, fingerprint, new_folder, notice, read_settings, same_run, settings
+from .logs import FORMATS
 from .processes import processes
 from .report import report
-from .responses import sample_to_file
+from .responses import convert
 from .rollout import HFSampler, VLLMSampler
 from .run import RunConfig, loading, run, saved_settings
+from .sample import sample_to_file
 from .task import Problem, limit_threads, load_model, load_tokenizer, prompts_for
 from .train import TrainConfig
 
@@ -152,13 +154,36 @@ def run_evaluate(a: argparse.Namespace, command: str) -> None:
     print(f"\n{made}\n\nSee {folder}/report.html, and {beside}.")
 
 # %% ../nbs/60_cli.ipynb #cca2415f
+def named_columns(
+    typed: Sequence[str], # FIELD=COLUMN
+) -> dict[str, Any]:
+    "Which column of a file is which field; `confidence` may be named several times. `ValueError` for anything else."
+    out: dict[str, Any] = {}
+    for ours, equals, theirs in (x.partition("=") for x in typed):
+        if not (ours and equals and theirs): raise ValueError(f"column must be FIELD=COLUMN; it is {ours}{equals}{theirs}")
+        several = [out[ours]] if isinstance(out.get(ours), str) else out.get(ours, [])
+        out[ours] = [*several, theirs] if several else theirs
+    return out
+
+def accept(refused: int, a: argparse.Namespace) -> None:
+    "Raises `Broken` if lines are missing and nobody said that they may."
+    if refused and not a.skip_bad:
+        raise Broken(f"{refused} lines could not be used, and nothing counts them; --skip-bad accepts that")
+
 def run_report(a: argparse.Namespace, command: str) -> None:
     "Prints the tables and writes the folder."
     out = Path(a.out or new_name("report"))
     if out.exists(): new_folder(out)                       # refused before any work, if it holds something
-    made = report(a.files, n=a.resamples, seed=a.seed, precision=a.precision)
-    made.save(new_folder(out))
+    made = report(a.files, by=a.by, format=a.format, columns=named_columns(a.column), precision=a.precision)
+    made.save(new_folder(out), a.csv)
     print(f"{made}\n\nSee {out}/report.html, and report.md, summary.json and the pictures beside it.")
+    accept(made.refused, a)
+
+def run_convert(a: argparse.Namespace, command: str) -> None:
+    "Writes a log of another program as a file of responses."
+    n, flaws = convert(a.log, a.out, a.format, named_columns(a.column))
+    print(f"{n} responses are in {a.out}", *flaws[:3], sep="\n")
+    accept(len(flaws), a)
 
 # %% ../nbs/60_cli.ipynb #b52b2156
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -271,18 +296,34 @@ def add_evaluate(commands: Any) -> None:
     e.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_fields(e.add_argument_group("how the data is read"), DataOptions)
 
+def add_log_options(p: argparse.ArgumentParser) -> None:
+    "What it takes to read somebody's log."
+    p.add_argument("--format", help=f"of the logs: {', '.join(f.name for f in FORMATS)}; by default recognised")
+    p.add_argument("--column", action="append", default=[], metavar="FIELD=COLUMN",
+                   help="which column is which field, such as correct=acc; confidence may be named several times")
+    p.add_argument("--skip-bad", action="store_true", help="accept that lines which cannot be used are not counted")
+
 def add_report(commands: Any) -> None:
     "The options of `capo report`."
-    what = "report how far to trust the model behind a file of responses, or compare several"
+    what = "say how far to trust the model behind a log, or compare several on the same questions"
     r = command(commands, "report", run_report, what)
-    r.add_argument("files", nargs="+", help="JSON lines, .gz too, one response a line; the fields: see capo.responses")
+    r.add_argument("files", nargs="+", help="logs of lm-eval, lighteval, Inspect, vLLM, OpenAI, verl or TRL, tables, "
+                   "or files of responses (see capo.responses); gzipped ones and pipes too")
     r.add_argument("--out", help="new folder; by default runs/report-DATE-TIME")
     r.add_argument("--precision", type=float, default=0.9, help="to ask of the responses above the threshold")
-    r.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    r.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    r.add_argument("--by", help="confidence to report on; by default the first of lpm, confidence, score, token_confidence")
+    r.add_argument("--csv", action="store_true", help="write every table as CSV too")
+    add_log_options(r)
+
+def add_convert(commands: Any) -> None:
+    "The options of `capo convert`."
+    c = command(commands, "convert", run_convert, "write the log of another program as a file of responses")
+    c.add_argument("log", help="whatever capo report reads")
+    c.add_argument("out", help="file to write; gzipped if it ends in .gz")
+    add_log_options(c)
 
 # %% ../nbs/60_cli.ipynb #1dd4a05a
-COMMANDS = (add_demo, add_train, add_evaluate, add_report, add_base)
+COMMANDS = (add_demo, add_train, add_evaluate, add_report, add_convert, add_base)
 
 def parser() -> argparse.ArgumentParser:
     "Every command with its options."
