@@ -160,7 +160,8 @@ def named_columns(
     "Which column of a file is which field; `confidence` may be named several times. `ValueError` for anything else."
     out: dict[str, Any] = {}
     for ours, equals, theirs in (x.partition("=") for x in typed):
-        if not (ours and equals and theirs): raise ValueError(f"column must be FIELD=COLUMN; it is {ours}{equals}{theirs}")
+        if not (ours and equals and theirs):
+            raise ValueError(f"column must be FIELD=COLUMN; it is {ours}{equals}{theirs}")
         several = [out[ours]] if isinstance(out.get(ours), str) else out.get(ours, [])
         out[ours] = [*several, theirs] if several else theirs
     return out
@@ -311,7 +312,8 @@ def add_report(commands: Any) -> None:
                    "or files of responses (see capo.responses); gzipped ones and pipes too")
     r.add_argument("--out", help="new folder; by default runs/report-DATE-TIME")
     r.add_argument("--precision", type=float, default=0.9, help="to ask of the responses above the threshold")
-    r.add_argument("--by", help="confidence to report on; by default the first of lpm, confidence, score, token_confidence")
+    r.add_argument("--by",
+                   help="confidence to report on; by default the first of lpm, confidence, score, token_confidence")
     r.add_argument("--csv", action="store_true", help="write every table as CSV too")
     add_log_options(r)
 
