@@ -32,6 +32,7 @@ SECONDS = {
     "29_processes.ipynb": 180,
     "25_sample.ipynb": 180,
     "30_recipe.ipynb": 180,
+    "31_baselines.ipynb": 60,
     "32_train.ipynb": 300,
     "33_run.ipynb": 300,
     "34_compare.ipynb": 300,
