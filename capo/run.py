@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 import capo.task as task
 from .answer import math_verify
+from .data import DataOptions, check_references
 from .evaluate import evaluate
 from .folder import (LOGS, Broken, Checkpoints, CSVLog, Logs, at_least, damage, fingerprint, new_folder, notice,
                          one_of, read_settings, rewind)
@@ -36,8 +37,8 @@ METHODS: dict[str, Callable[..., Recipe]] = {
 SIZES: dict[str, Any] = {"paper": paper_size, "grpo": grpo_size}
 
 @dataclass(frozen=True)
-class RunConfig(TrainConfig):
-    "A whole run: model, data and method, and what `TrainConfig` holds. Raises `ValueError` on a value out of range."
+class RunConfig(DataOptions, TrainConfig):
+    "A whole run: model, data, method, what `TrainConfig` and `DataOptions` hold. Raises `ValueError` out of range."
     save_every: int = 50           # steps between checkpoints, and one at the end
     model: str = ""                # folder or hub name of a causal LM; tiny: the small one that ships with the package
     data: str = ""                 # problems to train on: a file or a data set's name; arithmetic: chains of sums
@@ -47,6 +48,7 @@ class RunConfig(TrainConfig):
     chat: bool | None = None       # put the prompts into the tokenizer's chat template; by default if it has one
     system: str = ""               # system prompt
     instruction: str = task.INSTRUCTION # goes after each question; empty: nothing
+    chat_options: str = ""         # of the chat template, such as enable_thinking=false
     method: str = "capo"           # capo or grpo
     tau: float = 0.6               # of CAPO's surrogate, nats per token
     ref_low: float | None = None   # mask: wrong responses below this reference perplexity; by default 1.05 with capo
@@ -269,16 +271,20 @@ def keeping(
 # %% ../nbs/33_run.ipynb #14203114
 def run_problems(
     config: RunConfig,  # data, validation, seed
+    say: Callable[[str], Any] = lambda line: None, # gets a line on what was recognised, and one on shared questions
 ) -> tuple[list[Problem], list[Problem]]:
     "The problems to train on and those to evaluate on, as they are asked."
     test = task.arithmetic(256, seed=10, distinct=True)
     if config.data == "arithmetic":
         n, held_out = config.steps * config.questions, {p.prompt for p in test}
         training = task.arithmetic(n, seed=1000 + config.seed, exclude=held_out)
-    else: training = task.load_problems(config.data, seed=config.seed)
+    else: training = config.problems(config.data, None, config.seed, training=True, say=say)
     if config.validation not in ("", "arithmetic"):
-        test = task.load_problems(config.validation, seed=config.seed + 1_000_000)
-    return training, test[:config.validation_size] if config.validation else []
+        test = config.held_out(config.validation, config.seed + 1_000_000, say)
+    test = test[:config.validation_size] if config.validation else []
+    if shared := len({p.prompt for p in training} & {p.prompt for p in test}):
+        say(f"{shared} of {len(test)} questions of the validation are among those that are trained on")
+    return training, test
 
 def prompted(
     problems: list[Problem], # as they are asked
@@ -287,7 +293,8 @@ def prompted(
 ) -> list[Problem]:
     "The problems as the model reads them; a chain of sums is read as it is."
     if config.data == "arithmetic": return problems
-    return task.prompts_for(problems, tokenizer, config.chat, config.system or None, config.instruction)
+    return task.prompts_for(problems, tokenizer, config.chat, config.system or None, config.instruction,
+                            config.chat_options)
 
 # %% ../nbs/33_run.ipynb #25314225
 class Validation:
@@ -372,12 +379,14 @@ def run(
     from tqdm.auto import tqdm
     join_processes()
     out, first, recipe, log, evaluation = Path(out), processes()[0] == 0, config.recipe(), None, None
-    asked = run_problems(config)
+    say = (lambda line: notice(f"capo: {line}")) if first else lambda line: None
+    asked = run_problems(config, say)
     tokenizer = task.load_tokenizer(config.model, config.trust_remote_code)
     model = task.load_model(config.model, config.dtype, config.trust_remote_code)
     task.limit_threads(model)
     problems, held_out = (prompted(x, config, tokenizer) for x in asked)
     verifier = task.verify if config.data == "arithmetic" else math_verify
+    if config.data != "arithmetic": check_references(asked[0], verifier, say=say)
     engine = engine_of(config, tokenizer)
     if first: write_config(out, config, resume)
     shown = None if first else True # None: a bar where there is a terminal

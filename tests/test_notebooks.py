@@ -19,6 +19,7 @@ SECONDS = {
     "11_task.ipynb": 180,
     "12_rollout.ipynb": 180,
     "13_logs.ipynb": 60,
+    "14_data.ipynb": 180,
     "18_page.ipynb": 60,
     "19_interval.ipynb": 180,
     "20_vote.ipynb": 180,
