@@ -11,6 +11,7 @@ __all__ = ['SCHEDULES', 'TrainConfig', 'batches', 'learning_rate', 'prepare', 'L
 import math, random, signal, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 import torch
@@ -23,7 +24,7 @@ from .grpo import clip_fraction, kl_penalty, policy_ratio
 from .policy import (ADAPTERS, DTYPES, budget_for, check_context, free_memory, has_adapter, is_exact, recomputing,
                          reference_logps, starting_model, trainable_dtype, with_lora)
 from .processes import add_up, exchange, own_share, processes, together
-from .recipe import Recipe, capo
+from .recipe import Recipe, capo, refilled, spare, supplied
 from .rollout import HFSampler, Rollouts, Sampler, corrected, mismatch, parts, rollout, score, taught_logps
 from .task import Problem
 
@@ -180,10 +181,11 @@ def accumulate(
     whole, mine, sums = r.mask.flatten(0, 1), own_share(len(r)), torch.zeros(6, dtype=torch.float64)
     for rows, part in parts(r[mine], config.token_budget) if mine.start < mine.stop else []:
         A, old, mask = advantage[mine].flatten()[rows], part.old_logp.flatten(0, 1), part.mask.flatten(0, 1)
-        taught = (A != 0).reshape(len(A), -1).any(-1) | (config.kl > 0) # the rest has no gradient, but for a KL
+        taught = (A != 0) | (config.kl > 0) | ("reward" in recipe.needs) # the rest has no gradient, but for a KL
         with recomputing(policy): logp = taught_logps(policy, part, taught.view_as(part.reward)).flatten(0, 1)
         weight = {} if part.weight is None else {"weight": part.weight.flatten(0, 1)}
-        loss = recipe.loss(logp, old, A, mask, **weight) * (recipe.count(mask) / recipe.count(whole))
+        more = supplied(recipe, policy, part, rows, r.mask.shape[1])
+        loss = recipe.loss(logp, old, A, mask, **weight, **more) * (recipe.count(mask) / recipe.count(whole))
         kl = loss.new_zeros(())
         if config.kl: kl = kl_penalty(logp, part.ref_old_logp.flatten(0, 1), mask) * (len(mask) / len(whole))
         if taught.any(): (loss + config.kl * kl).backward()
@@ -397,7 +399,11 @@ def train(
     for step, batch in islice(enumerate(batches(problems, config), 1), result.step, None):
         if (step - 1) % config.eval_every == 0: measure(step - 1)
         start = time.perf_counter()
-        r, extra = experience(sampler, policy, batch, verify, reference, config, step)
+        learn_from = partial(experience, sampler, policy, verify=verify, reference=reference, config=config)
+        r, extra = learn_from(problems=batch, step=step)
+        if recipe.refill:
+            another = lambda k: learn_from(problems=spare(problems, config, step, k), step=step + k * config.steps)[0]
+            r, extra["batches"] = refilled(r, recipe.refill, another)
         A = recipe.advantage(r, step)
         updates = [update(policy, learner, recipe, r[s], A[s], config, step) for s in shares(config)]
         row = {"step": step} | step_stats(r, recipe) | mean_of(updates) | extra
