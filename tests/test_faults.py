@@ -22,12 +22,14 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import capo.folder as folders
+import capo.keep as keeping_
 import capo.run as runs
 import capo.train as training
 from capo.folder import Broken, Checkpoints, CheckpointFailed, CSVLog, damage, settings
 from capo.recipe import capo, grpo
 from capo.rollout import HFSampler
-from capo.run import RunConfig, Validation, keeping, run
+from capo.keep import keeping
+from capo.run import RunConfig, Validation, run
 from capo.train import NonFiniteLoss, TrainConfig, train
 from helpers import has_a_seven, model, problems, tokenizer
 
@@ -281,7 +283,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         os.setgid(65534); os.setuid(65534)
         said = []
         for out in (tmp_path / "theirs", tmp_path / "theirs" / "new"):
-            try: runs.write_config(out, settings(RunConfig, SHORT), False)
+            try: runs.check_free(out)
             except OSError as e: said.append(str(e))
         return 0 if all(s == f"{o} cannot be written: Permission denied" for s, o in zip(said, (tmp_path / "theirs", tmp_path / "theirs" / "new"), strict=True)) else 3
 
@@ -395,10 +397,10 @@ def test_a_broken_run_names_its_last_checkpoint(tmp_path, monkeypatch):
 def test_the_generators_go_on_where_they_were():
     draw = lambda: [random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn(), torch.rand(1).item()]
     random.gauss(0, 1); numpy.random.randn()                                        # each keeps a second normal number for the next call
-    state = runs.random_state()
+    state = keeping_.random_state()
     first = draw()
     assert draw() != first
-    runs.set_random_state(state)
+    keeping_.set_random_state(state)
     assert draw() == first
 
 

@@ -13,7 +13,8 @@ from capo.recipe import Recipe, capo, grpo, grpo_size
 from capo.folder import LOGS, Checkpoints, Logs, TensorBoardLog
 from capo.processes import together
 from capo.rollout import HFSampler, cut_by_tokens, parts, rollout, rollout_logps, score
-from capo.run import RunConfig, keeping
+from capo.keep import keeping
+from capo.run import RunConfig
 from capo.train import Learner, TrainConfig, accumulate, batches, learning_rate, prepare
 from helpers import has_a_seven, model, problems, run, small, tokenizer, weights
 
