@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mean_logp', 'perplexity', 'gather_logps', 'head_logps', 'Anatomy', 'at_rest', 'anatomy', 'rows_of', 'token_logps',
-           'Block', 'Branches', 'read', 'stems', 'shared_logps', 'shares']
+           'Block', 'Branches', 'stems', 'shared_logps', 'shares']
 
 # %% ../nbs/02_logprob.ipynb #4eedcafe
 import inspect, os
@@ -146,6 +146,10 @@ class Anatomy:
         "Of the tokens that follow these states."
         return head_logps(hidden, self.layer.weight, tokens, self.layer.bias, temperature, self.softcap, budget)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        "Of whatever follows these states."
+        return _capped(self.layer(hidden), self.softcap)
+
 _known: WeakKeyDictionary = WeakKeyDictionary() # model → its anatomy, or None
 
 # %% ../nbs/02_logprob.ipynb #39742d85
@@ -157,7 +161,7 @@ def _taken_apart(model: nn.Module) -> Anatomy | None:
     found = Anatomy(body, layer, getattr(lm.config, "final_logit_softcapping", None))
     ids = torch.arange(2, 6, device=layer.weight.device)[None] % len(layer.weight)
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-    if not _close(_capped(layer(hidden), found.softcap), model(input_ids=ids, use_cache=False).logits): return None
+    if not _close(found.logits(hidden), model(input_ids=ids, use_cache=False).logits): return None
     return found
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -293,6 +297,7 @@ class Branches:
     "Token sequences that branch off from one another, written into one row, and the attention within it."
     def __init__(self, device: Any = None):
         self.device, self.tokens, self.positions, self.blocks = device, [], [], []
+        self.memory: list[Any] | None = None                     # a list here gets each layer's keys and values
 
     def grow(self, sequences: Sequence[Sequence[int]], above: Block | None = None, parent: Sequence[int] = ()) -> Block:
         "Writes sequences of at least one token, each behind one of the block above."
@@ -317,6 +322,7 @@ class Branches:
             known[block] = pair
             out = _attend(queries, *pair, block.mask, **how).transpose(1, 2).flatten(0, 1)
             done.append(rows_of(out, block.home))
+        if self.memory is not None: self.memory.append(pair)     # of the last block, with what precedes it
         return torch.cat(done)
 
 def _places(x: Tensor, block: Block) -> Float[Tensor, "N H T D"]:
@@ -353,7 +359,7 @@ def _reading(lm: Any) -> Iterator[None]:
         for m, f in zip(layers, funcs): m._gradient_checkpointing_func = f
 
 # %% ../nbs/02_logprob.ipynb #06420bb5
-def read(
+def _read(
     found: Anatomy,                   # of the model
     lm: Any,                          # the model of transformers
     row: Branches,                    # what it reads
@@ -404,7 +410,7 @@ def _shared(found: Any, lm: Any, prompts: Any, responses: Any, parent: Any, *how
         block = row.grow([responses[i][:-1] for i in part], stem, [which[i] for i in part])
         for i, start in zip(part, block.starts): states[i] += range(start, start + lengths[i])
     flat = lambda lists: torch.tensor([x for xs in lists for x in xs], dtype=torch.long, device=row.device)
-    return found.logps(read(found, lm, row).index_select(0, flat(states)), flat(responses), *how)
+    return found.logps(_read(found, lm, row).index_select(0, flat(states)), flat(responses), *how)
 
 # %% ../nbs/02_logprob.ipynb #5b975a0a
 def _reads_branches(found: Anatomy, model: nn.Module) -> bool:

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['Sampler', 'Rollouts', 'plain_rollout_logps', 'rollout_logps', 'cut_by_tokens', 'select', 'taught_logps', 'parts',
-           'score', 'splitmix', 'uniforms', 'draw', 'sample', 'HFSampler', 'grade', 'rollout', 'corrected', 'mismatch',
-           'VLLMSampler']
+           'score', 'HFSampler', 'grade', 'rollout', 'corrected', 'mismatch', 'VLLMSampler']
 
 # %% ../nbs/12_rollout.ipynb #ab0e3d18
 import shutil, tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from .logprob import _positions, mean_logp, perplexity, shared_logps, shares, token_logps
+from .logprob import at_rest, mean_logp, perplexity, shared_logps, shares, token_logps
+from .sampling import merged, sample, splitmix, uniforms
 from .task import Problem
 
 # %% ../nbs/12_rollout.ipynb #5b3bd186
@@ -162,77 +162,6 @@ def score(
         out[rows, :logp.shape[1]] = logp.to(out.dtype)
     return out.view_as(r.logp)
 
-# %% ../nbs/12_rollout.ipynb #5a3e5284
-def splitmix(
-    state: Int[Tensor, "..."], # of the generator, 64 bits
-    i: Int[Tensor, "..."],     # which of its outputs, from 0
-) -> Int[Tensor, "..."]:
-    "Output `i` of SplitMix64 started at `state`, as a signed integer; shapes broadcast. (Steele, Lea & Flood 2014.)"
-    x = state + (i + 1) * (0x9E3779B97F4A7C15 - 2**64)                       # int64 wraps around, as it should
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor               # the mask: >> of a negative number brings in ones
-    return x
-
-# %% ../nbs/12_rollout.ipynb #ed812d4a
-def uniforms(
-    seed: int,                      # of the call
-    question: Int[Tensor, "B"],     # indices of questions
-    response: Int[Tensor, "G"],     # indices of responses
-    steps: int,                     # tokens of a response, T
-) -> Float[Tensor, "B G T"]:
-    "Uniform numbers in [0, 1), each a function of the seed and of its three indices."
-    key = splitmix(splitmix(torch.tensor(seed), question[:, None]), response)
-    return (splitmix(key[..., None], torch.arange(steps)) >> 11 & (1 << 53) - 1).double() / 2**53
-
-# %% ../nbs/12_rollout.ipynb #879e8d04
-def draw(
-    p: Float[Tensor, "N V"], # probabilities, each row up to a factor
-    u: Float[Tensor, "N"],   # in [0, 1)
-) -> Int[Tensor, "N"]:
-    "The token at which the cumulative probability first exceeds `u`."
-    cdf = p.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-
-# %% ../nbs/12_rollout.ipynb #294c6057
-@torch.no_grad()
-def sample(
-    model: nn.Module,                # a causal LM of transformers
-    prompt_ids: Int[Tensor, "B P"],  # padded on the left
-    prompt_mask: Int[Tensor, "B P"], # 1 on real tokens
-    u: Float[Tensor, "B G T"],       # the number in [0, 1) that decides each token
-    ended: Callable[[Tensor], Tensor], # (N, t) tokens of unfinished responses → (N,), has the last one ended it?
-    temperature: float = 1.0,        # of the distribution to draw from
-    top_k: int = 0,                  # tokens that `token_confidence` is the mean over; 0: leave it out
-) -> dict[str, Tensor]:
-    "`response_ids`, `mask`, `logp`, `tempered_logp`, `token_confidence` (B, G, T), 0 outside the mask, and `truncated` (B, G)."
-    B, G, T = u.shape
-    out: dict[str, Tensor] = {}
-    row, u = torch.arange(B * G, device=prompt_ids.device), u.flatten(0, 1)
-    position = _positions(model, prompt_mask)
-    first = model(input_ids=prompt_ids, attention_mask=prompt_mask, use_cache=True, logits_to_keep=1, **position)
-    cache: Any = getattr(first, "past_key_values", None)
-    logits, seen = first.logits[row // G, -1], prompt_mask[row // G]
-    if not hasattr(cache, "reorder_cache"): raise ValueError(f"{type(model).__name__} has no key–value cache, which HFSampler needs")
-    position, truncated = {k: v[row // G, -1:] for k, v in position.items()}, torch.ones_like(row, dtype=torch.bool)
-    cache.reorder_cache(row // G)
-    for t in range(T):
-        if logits.isnan().any(): raise ValueError(f"the model gives NaN for token {t + 1} of a response")
-        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        tempered = logp if temperature == 1 else (logp / temperature).log_softmax(-1)
-        token = draw(tempered.exp(), u[row, t])[:, None]
-        new = {"response_ids": token[:, 0], "mask": torch.ones_like(row), "logp": logp.gather(1, token)[:, 0]}
-        if temperature != 1: new["tempered_logp"] = tempered.gather(1, token)[:, 0]
-        if top_k: new["token_confidence"] = -logp.topk(top_k).values.mean(-1)
-        for k, v in new.items(): out.setdefault(k, v.new_zeros(B * G, T))[row, t] = v
-        truncated[row] = live = ~ended(out["response_ids"][row, :t + 1])
-        if t + 1 == T or not live.any(): break
-        if not live.all():
-            cache.reorder_cache(live.nonzero()[:, 0])
-            row, token, seen, position = row[live], token[live], seen[live], {k: v[live] for k, v in position.items()}
-        seen, position = torch.cat([seen, torch.ones_like(token)], 1), {k: v + 1 for k, v in position.items()}
-        logits = model(input_ids=token, attention_mask=seen, past_key_values=cache, use_cache=True, **position).logits[:, -1]
-    return {k: v.unflatten(0, (B, G)) for k, v in (out | {"truncated": truncated}).items()}
-
 # %% ../nbs/12_rollout.ipynb #4121dfd8
 def _eos_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     "Every token that ends a response, by the model's generation config and by the tokenizer."
@@ -241,14 +170,14 @@ def _eos_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
 
 # %% ../nbs/12_rollout.ipynb #bcc24a4a
-def _ending(tokenizer: Any, eos: Sequence[int], stop: Sequence[str]) -> Callable[[Tensor], Tensor]:
+def _ending(tokenizer: Any, eos: Sequence[int], stop: Sequence[str], device: Any) -> Callable[[Tensor], Tensor]:
     "(N, t) tokens → (N,): is the last one an EOS, or is there a stop string in the text?"
-    tail = max((len(s.encode()) for s in stop), default=0) + 8
+    tail, ends = max((len(s.encode()) for s in stop), default=0) + 8, torch.tensor(eos, device=device)
     def ended(ids: Tensor) -> Tensor:
-        over = torch.isin(ids[:, -1], torch.tensor(eos, device=ids.device))
+        over = torch.isin(ids[:, -1], ends)
         if not stop: return over
         texts = tokenizer.batch_decode(ids[:, -tail:], skip_special_tokens=True)
-        return over | torch.tensor([any(s in text for s in stop) for text in texts], device=ids.device)
+        return over | torch.tensor([any(s in text for s in stop) for text in texts], device=device)
     return ended
 
 # %% ../nbs/12_rollout.ipynb #57262cd2
@@ -266,27 +195,30 @@ class HFSampler:
     temperature: float = 1.0   # of the distribution to draw from
     top_k: int = 0             # likeliest tokens that `token_confidence` is the mean over; 0: leave it out
     stop: Sequence[str] = ()   # strings that end a response, besides EOS
-    tokens: int = 2**16        # to hold in the key–value cache at a time, of prompts and responses
+    tokens: int = 2**16        # to hold as keys and values at a time, of prompts and responses
     first: int = 0             # number of the first prompt, where the prompts are a share of a longer list
 
     def __post_init__(self): _check_options(self.max_new_tokens, self.temperature, self.top_k, self.stop)
 
     def __call__(self, prompts: Sequence[str], n: int, seed: int = 0) -> Rollouts:
-        batch = _tokenize(self.tokenizer, prompts, n).to(next(self.model.parameters()).device)
-        lengths = batch.attention_mask.sum(-1).tolist()
-        whole: dict[str, Tensor] = {}
-        ended, was_training = _ending(self.tokenizer, _eos_ids(self.model, self.tokenizer), self.stop), self.model.training
-        self.model.eval()
-        try:
-            most = [self.max_new_tokens] * (len(prompts) * n)
-            for rows in cut_by_tokens([x for x in lengths for _ in range(n)], most, self.tokens, n):
-                b, g = torch.tensor(rows[::n] if len(rows) >= n else rows[:1]) // n, torch.tensor(rows[:n]) % n
-                ids, mask = (x[b, -lengths[b[0]]:] for x in (batch.input_ids, batch.attention_mask))
-                u = uniforms(seed, b + self.first, g, self.max_new_tokens).to(ids.device)
-                for k, v in sample(self.model, ids, mask, u, ended, self.temperature, self.top_k).items():
+        device, whole = next(self.model.parameters()).device, {}
+        batch = _tokenize(self.tokenizer, prompts, n).to(device)
+        ended = _ending(self.tokenizer, _eos_ids(self.model, self.tokenizer), self.stop, device)
+        with at_rest(self.model), merged(self.model):
+            for b, g in self.batches(batch.attention_mask.sum(-1).tolist(), n):
+                P = int(batch.attention_mask[b].sum(-1).max())
+                u = uniforms(seed, b + self.first, g, self.max_new_tokens).to(device)
+                asked = batch.input_ids[b, -P:], batch.attention_mask[b, -P:]
+                for k, v in sample(self.model, *asked, u, ended, self.temperature, self.top_k).items():
                     whole.setdefault(k, v.new_zeros(len(prompts), n, *v.shape[2:]))[b[:, None], g] = v
-        finally: self.model.train(was_training)
         return _rollouts(self.tokenizer, batch, self.temperature, **whole)
+
+    def batches(self, lengths: Sequence[int], n: int) -> Iterator[tuple[Tensor, Tensor]]:
+        "Indices of questions and of responses: every response to every question once, the longest prompts first."
+        each = torch.tensor(lengths).repeat_interleave(n).tolist()
+        for rows in cut_by_tokens(each, [self.max_new_tokens] * len(each), self.tokens, n):
+            index = torch.tensor(rows)
+            yield index[::n] // n, index[:n] % n                              # whole groups, or a part of one
 
 # %% ../nbs/12_rollout.ipynb #2c360840
 def _check_options(max_new_tokens: int, temperature: float, top_k: int, stop: Sequence[str]) -> None:

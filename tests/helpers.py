@@ -60,14 +60,17 @@ def responses(lpm, correct, valid, answers=None, **other):
     B, G = valid.shape
     lpm, correct = lpm.double().where(valid, 0), correct.bool() & valid
     group = (answers if answers is not None else correct.long()).where(valid, -1)
-    return Responses([str(i) for i in range(B)], [""] * B, [None] * B, [[f"{x:.3f}" for x in row] for row in lpm.tolist()], [[str(a) for a in row] for row in group.tolist()], group,
+    return Responses([str(i) for i in range(B)], [""] * B, [None] * B,
+                     [[f"{x:.3f}" for x in row] for row in lpm.tolist()],
+                     [[str(a) for a in row] for row in group.tolist()], group,
                      correct, lpm, valid, **other)
 
 
 def two_runs(B=30, G=6):
     g = torch.Generator().manual_seed(1)
     hard = torch.rand(B, 1, generator=g)
-    make = lambda better: responses(-torch.rand(B, G, generator=g).double(), torch.rand(B, G, generator=g) < hard * better, torch.ones(B, G).bool())
+    make = lambda better: responses(-torch.rand(B, G, generator=g).double(),
+                                    torch.rand(B, G, generator=g) < hard * better, torch.ones(B, G).bool())
     return make(.8), make(1.)
 
 
@@ -78,7 +81,8 @@ MODULES = "calibration surrogate logprob grpo advantage mask task rollout evalua
 
 
 def load():
-    spec = importlib.util.spec_from_file_location("capo_as_installed", ROOT / "capo" / "__init__.py", submodule_search_locations=[str(ROOT / "capo")])
+    spec = importlib.util.spec_from_file_location("capo_as_installed", ROOT / "capo" / "__init__.py",
+                                                  submodule_search_locations=[str(ROOT / "capo")])
     sys.modules["capo_as_installed"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return SimpleNamespace(**{m: importlib.import_module(f"capo_as_installed.{m}") for m in MODULES})
@@ -98,23 +102,28 @@ V = 16
 
 
 def llama():
-    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                              num_attention_heads=2,
                                               initializer_range=.5, pad_token_id=0, eos_token_id=1, bos_token_id=None))
 
 
 def gpt2():
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=.5,
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=64,
+                                            initializer_range=.5,
                                             pad_token_id=0, eos_token_id=1, bos_token_id=None))
 
 
 def qwen2():
-    return hf.Qwen2ForCausalLM(hf.Qwen2Config(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                              num_key_value_heads=1, initializer_range=.5, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+    return hf.Qwen2ForCausalLM(hf.Qwen2Config(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                              num_attention_heads=2,
+                                              num_key_value_heads=1, initializer_range=.5, pad_token_id=0,
+                                              eos_token_id=1, bos_token_id=None))
 
 
 def lora():
     from peft import LoraConfig, get_peft_model
-    return get_peft_model(llama(), LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(llama(),
+                          LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 MODELS = {f.__name__: f for f in (llama, gpt2, qwen2, lora)}
@@ -134,7 +143,8 @@ tokenizer, problems = arithmetic_tokenizer(), arithmetic(40, seed=0)
 small = TrainConfig(steps=3, questions=6, group_size=4, lr=1e-2)
 
 
-def has_a_seven(text, answer): return "7" in text                                # what even a random model does now and then
+# what even a random model does now and then
+def has_a_seven(text, answer): return "7" in text
 
 
 def model():
@@ -178,11 +188,14 @@ def fake(arm, seed):
     "Six questions of five responses, with evaluations at two steps."
     g = torch.Generator().manual_seed(10 * seed + len(arm))
     lpm, reward = -torch.rand(2, 6, 5, generator=g), (torch.rand(2, 6, 5, generator=g) < .5).float()
-    first = torch.Generator().manual_seed(seed)                                                    # the base is the same for each arm
+    # the base is the same for each arm
+    first = torch.Generator().manual_seed(seed)
     lpm[0], reward[0] = -torch.rand(6, 5, generator=first), (torch.rand(6, 5, generator=first) < .5).float()
-    evals = [{"step": step, "accuracy": r.mean().item(), "auc_mean": auc_mean(x, r)[0], "mixed_questions": auc_mean(x, r)[1], "entropy": .1 * seed + step,
+    evals = [{"step": step, "accuracy": r.mean().item(), "auc_mean": auc_mean(x, r)[0],
+              "mixed_questions": auc_mean(x, r)[1], "entropy": .1 * seed + step,
               "rescored_auc": .7, "lpm": x.mean().item(), "length": 4.} for step, x, r in zip((0, 9), lpm, reward)]
-    return {"arm": arm, "seed": seed, "evals": evals, "seconds": seed + 1., "masked": .25, "first": (lpm[0].tolist(), reward[0].tolist()),
+    return {"arm": arm, "seed": seed, "evals": evals, "seconds": seed + 1., "masked": .25,
+            "first": (lpm[0].tolist(), reward[0].tolist()),
             "last": (lpm[1].tolist(), reward[1].tolist())}
 
 

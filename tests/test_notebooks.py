@@ -14,6 +14,7 @@ SECONDS = {
     "05_mask.ipynb": 180,
     "06_misalignment.ipynb": 180,
     "07_limits.ipynb": 180,
+    "09_sampling.ipynb": 180,
     "10_answer.ipynb": 180,
     "11_task.ipynb": 180,
     "12_rollout.ipynb": 180,
@@ -48,7 +49,9 @@ def test_every_notebook_is_listed():
 @pytest.mark.parametrize("name", SECONDS)
 def test_notebook(name):
     nbdev_test = Path(sys.executable).with_name("nbdev_test")
-    run = subprocess.run([nbdev_test, "--path", NBS/name], cwd=NBS, timeout=SECONDS[name], capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})  # two threads that wait for each other are slower than one
+    run = subprocess.run([nbdev_test, "--path", NBS/name], cwd=NBS, timeout=SECONDS[name], capture_output=True,
+                         text=True,
+                         # two threads that wait for each other are slower than one
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})
     # It exits 0 when it finds nothing to run, too: hence the word.
     assert run.returncode == 0 and "Success." in run.stdout, run.stdout + run.stderr

@@ -193,7 +193,8 @@ def test_no_file_names_somebodys_machine():
     "Paths of a home, a temporary or a work folder come in with tracebacks and warnings, and mean nothing elsewhere."
     if not (ROOT/".git").exists(): pytest.skip("not a git checkout")
     path = re.compile(r"(?<![\w.+/-])/(home|root|Users|tmp|private|work|workspace)/")
-    files = subprocess.check_output(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True)
+    files = subprocess.check_output(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                                    text=True)
     bad = []
     for name in filter(None, files.split("\0")):
         if not (ROOT/name).is_file(): continue  # deleted, not yet committed
@@ -205,5 +206,6 @@ def test_no_file_names_somebodys_machine():
 def test_wheel(copy, tmp_path):
     sh("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ".", cwd=copy)
     files = {n for n in ZipFile(*tmp_path.glob("*.whl")).namelist() if ".dist-info/" not in n}
-    here = {p.relative_to(ROOT).as_posix() for p in (ROOT/"capo").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    here = {p.relative_to(ROOT).as_posix() for p in (ROOT/"capo").rglob("*") if p.is_file()
+            and "__pycache__" not in p.parts}
     assert files == here

@@ -7,9 +7,11 @@ import torch
 import transformers as hf
 from hypothesis import given, strategies as st
 
+import capo.sampling
 from capo.logprob import shares
-from capo.rollout import (HFSampler, Rollouts, VLLMSampler, corrected, cut_by_tokens, draw, grade, mismatch,
-                          plain_rollout_logps, rollout, rollout_logps, score, splitmix, uniforms)
+from capo.rollout import (HFSampler, Rollouts, VLLMSampler, corrected, cut_by_tokens, grade, mismatch, plain_rollout_logps,
+                          rollout, rollout_logps, score)
+from capo.sampling import draw, merged, splitmix, uniforms
 from capo.task import Problem, arithmetic_tokenizer
 from helpers import V, each_model, model_of
 
@@ -271,11 +273,54 @@ def test_map_reaches_every_tensor_and_nothing_else():
 
 def test_no_step_is_spent_on_a_response_that_has_ended():
     model, rows = model_of("llama"), []
-    hook = model.register_forward_pre_hook(lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape), with_kwargs=True)
-    try: r = sampler(max_new_tokens=12)(PROMPTS, 8, seed=2)
+    shares(model)
+    layer = model.model.layers[0].mlp
+    hook = layer.register_forward_pre_hook(lambda module, inputs: rows.append(tuple(inputs[0].shape[:2])))
+    try: r = sampler(max_new_tokens=12)(PROMPTS + PROMPTS[:1], 8, seed=2)
     finally: hook.remove()
-    assert rows[0] == (len(PROMPTS), r.prompt_ids.shape[1])                        # each prompt once, not once a response
-    assert [tuple(x) for x in rows[1:]] == [(n, 1) for n in r.mask.sum((0, 1)).tolist()[1:]] and r.mask[..., -1].sum() < 32
+    assert rows[0] == (1, sum(map(len, PROMPTS)))                                  # each prompt once, without padding
+    assert rows[1:] == [(1, n) for n in r.mask.sum((0, 1)).tolist()[1:]] and r.mask[..., -1].sum() < 40
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("temperature", [1., .7])
+def test_every_family_samples_what_it_samples_with_its_own_cache(name, temperature, monkeypatch):
+    "The same draws, and log-probabilities of a plain forward pass; with long responses, so that places are emptied and room is made."
+    model = family(name)
+    s = HFSampler(model, tokenizer, 36, temperature, top_k=3)
+    a = s(PROMPTS, 8, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(plain_rollout_logps(model, a), a.logp, rtol=0, atol=1e-4)
+        torch.testing.assert_close(plain_rollout_logps(model, a, temperature), a.old_logp, rtol=0, atol=1e-4)
+    monkeypatch.setattr(capo.sampling, "shares", lambda *_: False)
+    b = s(PROMPTS, 8, seed=1)
+    for f in fields(Rollouts):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if isinstance(x, torch.Tensor) and x.is_floating_point(): torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
+        else: assert x.equal(y) if isinstance(x, torch.Tensor) else x == y
+    assert a.mask.sum(-1).unique().numel() > 5
+
+
+def test_looking_rarely_for_ends_changes_nothing(monkeypatch):
+    "As on a GPU: what is drawn behind an end is thrown away."
+    a = sampler(max_new_tokens=20, temperature=.7, top_k=2)(PROMPTS, 8, seed=1)
+    monkeypatch.setattr(capo.sampling, "patience", lambda device: 8)
+    b = sampler(max_new_tokens=20, temperature=.7, top_k=2)(PROMPTS, 8, seed=1)
+    for k, v in vars(a).items():
+        if isinstance(v, torch.Tensor): torch.testing.assert_close(v, getattr(b, k), rtol=0, atol=1e-4)
+        else: assert v == getattr(b, k)
+
+
+@pytest.mark.parametrize("name", ["rotary, tied", "absolute"])
+def test_an_adapter_is_added_while_sampling_and_the_weights_are_left_as_they_were(name):
+    model = family(name, lora=True)
+    before = {k: p.clone() for k, p in model.named_parameters()}
+    r = HFSampler(model, tokenizer, 8)(PROMPTS, 4)
+    assert all(p.equal(before[k]) for k, p in model.named_parameters())
+    assert not any(getattr(m, "merged", False) for m in model.modules())
+    with torch.no_grad(): torch.testing.assert_close(plain_rollout_logps(model, r), r.logp, rtol=0, atol=1e-4)
+    with merged(model): assert any(not p.equal(before[k]) for k, p in model.named_parameters())
+    with merged(model.bfloat16()): assert not any(getattr(m, "merged", False) for m in model.modules())
 
 
 @each_model

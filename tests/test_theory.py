@@ -1,4 +1,4 @@
-"The theorems of 01, 03, 04 and 06 as properties over random sizes, in float64."
+"The theorems of 01, 03, 04, 06 and 07 as properties over random sizes, in float64."
 import math
 
 import pytest
@@ -210,3 +210,37 @@ def test_directions_are_mixtures_of_pairs(phi, G, seed):
     assume(ours.abs().max() > 1e-9)
     n = R.sum()
     assert torch.cosine_similarity(ours, theirs, dim=0) >= (G / (2 * n * (G - n))).sqrt() - 1e-9
+
+
+@given(sizes, seeds, st.floats(0, .999))
+def test_a_step_is_forgiven_up_to_a_condition_number(n, seed, mix):
+    "The theorem of 06: bᵀKv ≥ 0 if cond(K) ≤ (1 + cos)/(1 − cos), and beyond that some K says otherwise."
+    g = draw(seed)
+    unit = lambda x: x / x.norm()
+    b, other = unit(normal(g, n)), unit(normal(g, n))
+    v = unit(mix * b + (1 - mix) * other)
+    cos = b @ v
+    assume(-.999 < cos < .999)
+    limit, (Q, _) = (1 + cos) / (1 - cos), torch.linalg.qr(normal(g, n, n))
+    cond = 1 + (limit - 1).clamp(min=0) * torch.rand(n, generator=g, dtype=torch.float64)
+    if limit >= 1: assert b @ (Q * cond) @ Q.T @ v >= -1e-12
+    along, worse = unit(b + v), 1.01 * limit.clamp(min=1)
+    K = worse * torch.eye(n) - (worse - 1) * along[:, None] * along[None, :]
+    if limit > 1: assert b @ K @ v < 0
+
+
+@each
+@given(G=sizes, seed=seeds)
+def test_a_shift_of_a_question_changes_no_advantage(phi, G, seed):
+    g = draw(seed)
+    f, R, c = normal(g, 3, G), (torch.rand(3, G, generator=g) < .5).double(), normal(g, 3, 1) * 5
+    torch.testing.assert_close(pairwise_advantage(f + c, R, phi), pairwise_advantage(f, R, phi), rtol=1e-9, atol=1e-9)
+
+
+@given(sizes, seeds, st.floats(.05, 2))
+def test_a_collapsed_question_has_the_auc_of_its_mode(n, seed, T):
+    g = draw(seed)
+    lp = (normal(g, n) / T).log_softmax(0)
+    R = (torch.rand(n, generator=g).argsort() < torch.randint(1, n, (1,), generator=g)).double()
+    outside = 1 - lp.max().exp()
+    assert (exact_auc(lp.exp(), lp, R) - R[lp.argmax()]).abs() <= outside + 1e-9

@@ -1,4 +1,4 @@
-"In an environment with verl (make test-verl): the plugin as verl finds it, on verl's own batch, by verl's own functions."
+"In an environment with verl (make test-verl): the plugin as verl finds it, on verl's own batch and functions."
 import json
 import re
 import subprocess
