@@ -6,8 +6,8 @@
 __all__ = ['notice', 'Settings', 'LOGS', 'Row', 'SYMPTOMS', 'PANELS', 'at_least', 'positive', 'not_negative', 'one_of', 'Broken',
            'NonFiniteLoss', 'settings', 'read_settings', 'CSVLog', 'TensorBoardLog', 'wandb_log', 'trackio_log',
            'rewind', 'Logs', 'clock', 'Progress', 'symptoms', 'Watch', 'read_rows', 'plot_runs', 'CheckpointFailed',
-           'sha256', 'damage', 'sealed', 'remove_whole', 'Checkpoints', 'set_aside', 'new_folder', 'same_run',
-           'fingerprint']
+           'sha256', 'damage', 'sealed', 'remove_whole', 'Checkpoints', 'set_aside', 'check_free', 'new_folder',
+           'same_run', 'fingerprint']
 
 # %% ../nbs/28_folder.ipynb #a1c0f003
 import base64, csv, difflib, hashlib, json, logging, math, os, shutil, sys, time, typing
@@ -357,18 +357,24 @@ def set_aside(checkpoint: Path, reason: str) -> None:
     notice(f"capo: a checkpoint is damaged, {reason}; it is now {aside}")
 
 # %% ../nbs/28_folder.ipynb #36425336
-def new_folder(
-    folder: str | Path,                # to be created
-    hint: str = "name a new folder",   # what to do if it is taken
-) -> Path:
-    "Creates the folder. `FileExistsError` if it holds something or is a file, `OSError` if it cannot be written."
+def check_free(
+    folder: str | Path,              # to be created
+    hint: str = "name a new folder", # what to do if it is taken
+) -> None:
+    "`FileExistsError` if the folder holds something or is a file, `OSError` if it cannot be written; touches nothing."
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} holds another run; {hint}")
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise OSError(f"{folder} cannot be written: {e.strerror}") from None
-    if os.access(folder, os.W_OK): return folder
-    raise OSError(f"{folder} cannot be written: Permission denied")
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK): raise OSError(f"{folder} cannot be written: Permission denied")
+
+def new_folder(
+    folder: str | Path, # to be created
+) -> Path:
+    "Creates the folder. Raises as `check_free` does."
+    check_free(folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
 
 def same_run(
     folder: str | Path,      # new, or one that holds the same run

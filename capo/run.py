@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'SIZES', 'KNOWN', 'RunConfig', 'run_problems', 'prompted', 'Validation', 'machine', 'engine_of', 'logs_of',
            'saying_how_to_go_on', 'out_of_memory', 'undone_if_failed', 'absolute', 'short_enough', 'with_own_base',
-           'Samples', 'run', 'run_loaded', 'check_free', 'saved_settings', 'loading', 'base_of']
+           'Samples', 'run', 'run_loaded', 'saved_settings', 'loading', 'base_of']
 
 # %% ../nbs/33_run.ipynb #2c83fb04
 import json, resource, sys
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import capo.task as task
 from .answer import math_verify
 from .evaluate import evaluate
-from .folder import (LOGS, Broken, Checkpoints, CSVLog, Logs, Progress, Watch, at_least, damage, new_folder,
+from .folder import (LOGS, Broken, Checkpoints, CSVLog, Logs, Progress, Watch, at_least, check_free, damage,
                          notice, one_of, read_settings, rewind, sealed, symptoms)
 from .keep import keeping
 from .policy import check_context, starting_model
@@ -186,6 +186,7 @@ def undone_if_failed(
 ) -> Iterator[None]:
     "Inside, an error before the first row takes the files with it, so that the corrected command finds a new folder."
     try: yield
+    except (BlockingIOError, FileExistsError): raise                       # the files are somebody else's
     except BaseException:
         if out.is_dir() and not any([*out.glob("log.csv"), *out.glob("checkpoint-*"), *out.glob("bad_step_*")]):
             for name in ("config.json", "evals.csv", "samples.jsonl", ".lock"): (out / name).unlink(missing_ok=True)
@@ -263,7 +264,7 @@ def run(
     "Loads what the configuration names, and trains. Raises as `train` does; an error says how to go on."
     join_processes()
     out, config = Path(out), absolute(config)
-    if not resume: check_free(out)
+    if not resume and processes()[0] == 0: check_free(out, f"go on with it by --resume {out}, or name a new folder")
     tokenizer = task.load_tokenizer(config.model, config.trust_remote_code)
     problems, held_out = (short_enough(prompted(x, config, tokenizer), config, tokenizer) for x in run_problems(config))
     model = task.load_model(config.model, config.dtype, config.trust_remote_code)
@@ -301,13 +302,6 @@ def run_loaded(
     for said in symptoms(result.rows) if first and result.rows else (): notice(f"capo: at the end, {said}")
     result.checkpoint = keeper.checkpoint
     return result
-
-def check_free(out: Path) -> None:
-    "Raises `FileExistsError` if the folder holds a run, an `OSError` if it cannot be written; leaves nothing behind."
-    if processes()[0]: return
-    made = not out.exists()
-    new_folder(out, f"go on with it by --resume {out}, or name a new folder")
-    if made: out.rmdir()
 
 # %% ../nbs/33_run.ipynb #69758668
 def saved_settings(
