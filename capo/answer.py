@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
-# %% ../nbs/10_answer.ipynb #ccca8d8b
+# %% ../nbs/10_answer.ipynb #fe8a87b2
 BOX_OR_BRACE = re.compile(r"\\f?box(?:ed)?\s*\{|\\.|[{}]", re.DOTALL)
 JOINER = re.compile(r"(?=[^,;]{0,20}?(?:[,;]|and|or))(?:[\s$&,;}]|\\[()]|\\text\{|\\quad|\band\b|\bor\b)+")
 def boxed(
@@ -29,7 +29,7 @@ def boxed(
         elif m[0] == "}" and stack:
             opening, is_box = stack.pop()
             if is_box: boxes.append((opening.start(), opening.end(), m.start()))
-    parts, begin = [], len(text)
+    parts, begin = list[str](), len(text)
     for macro, content, end in sorted(boxes, reverse=True):
         if parts and not JOINER.fullmatch(text, end + 1, begin): break
         parts.insert(0, text[content:end].strip())
@@ -74,7 +74,7 @@ def _cleaned(m: re.Match) -> str:
     equation = re.search(r"[a-zA-Z].*[-+*/^]|[-+*/^].*[a-zA-Z]|[<>!]$", before)
     return (formula if equation else after).strip(" *=<>")
 
-# %% ../nbs/10_answer.ipynb #013c3b8b
+# %% ../nbs/10_answer.ipynb #a096a352
 CLAIM = re.compile(r"""
     (?: \b(?:answer|(?:correct|right)\s(?:option|choice))\b [^.:=\n]{0,30}? (?:\bis\b|\bare\b|[:=])   # the answer is
       | \#{4} )                                                                                     # of GSM8K
@@ -85,8 +85,7 @@ def stated(
     text: str, # what the model wrote, without a box
 ) -> str | None:
     "What follows the last `the answer is` or `####`, if that is a choice or a formula; else the last formula; or None."
-    found = _formulas(text)
-    *_, claim = [None, *CLAIM.finditer(text)]
+    found, claim = _formulas(text), [None, *CLAIM.finditer(text)][-1]
     if claim and not SECOND_THOUGHT.search(text, claim.end()):
         choice = CHOICE.match(text, claim.end())
         if choice: return choice[1] or choice[2]
@@ -104,7 +103,7 @@ def extract_answer(
     told = (tagged if 0 < len(tagged) < 200 else stated(reply)) if fallback else None
     return boxed(reply) or told or boxed(text) or None
 
-# %% ../nbs/10_answer.ipynb #a1730023
+# %% ../nbs/10_answer.ipynb #ccfb616a
 LONGEST = 1000                                           # characters; a longer answer equals only itself
 UNICODE = str.maketrans({
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""), **dict.fromkeys("−–—‐‑", "-"),    # without width; dashes
@@ -124,7 +123,7 @@ def _as_tex(text: str) -> str:
 NO_UNITS = rf"{'|'.join(SCALES)}|mod|and|or|to|over|choose|xyz?|[xy]z|abc?|[ab]c|[ap]\.?m"
 HANDWRITING = [(re.compile(pattern, re.X), by) for pattern, by in (
     (r"^\*+ | \*+$ | ^\\approx(?![a-z]) | ^(?:about|approximately)\s", ""),              # bold; about
-    (r"\*\*", "^"), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),                            # a power in code, sizes
+    (r"\*\*", "^"), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"(?<=\d)_\{(\w)\}", r"_\1"),    # a power in code, sizes
     (r"(?<!\\) \\(?: (?:left|right|displaystyle)(?![a-zA-Z]) | [][()] )", ""),            # sizes, delimiters
     (r"(?<=\d) (?: \{,\} | ,\\!\s? | (?:\\[!,;\ ]|\ )+ ) (?=\d{3}(?!\d))", ","),            # parts thousands
     (r"(?<!\\) \\[!,;:\ ] | ~", " "),                                                    # other spaces
@@ -172,9 +171,9 @@ def number(
     if not top: value += Fraction(int(over or period), 10 ** len(fixed.split(".")[1]) * (10 ** len(over or period) - 1))
     return (-1 if sign == "-" else 1) * value * Fraction(10) ** int(power or 0) / (100 if percent else 1)
 
-# %% ../nbs/10_answer.ipynb #4b7e637a
+# %% ../nbs/10_answer.ipynb #6daf90bf
 CHOSEN = re.compile(r"\(([A-J])\)(?![(^*+/=-]).*|([A-J])(?:[.:)]\s?\S.*|\))", re.DOTALL)       # (B), B: the tube
-WORDS = re.compile(r"""\d{4}-\d\d-\d\d | \d\d?/\d\d?/\d{4} | \d\d?(?::\d\d)?\ [ap]m    # dates, times of day
+WORDS = re.compile(r"""\d{4}-\d\d-\d\d | \d\d?/\d\d?/\d{4} | \d\d?(?::\d\d)?\ [ap]m | \d+_\d      # dates, times, 1010_2
   | (?! [abcxyz]+$ | [b-df-hj-np-tv-z]+$ )                                            # no product such as xyz
     (?=.*[A-Za-z]{3}) [A-Za-z0-9] [A-Za-z0-9\ '.:-]*""", re.X)
 Form = Fraction | str | tuple
@@ -200,7 +199,8 @@ def canonical(
     text = tidy(answer)
     if len(text) > LONGEST: return text
     value, choice = number(text), CHOSEN.fullmatch(text)
-    if value is not None or choice: return (choice[1] or choice[2]) if choice else value
+    if value is not None: return value
+    if choice: return choice[1] or choice[2]
     brackets, members = _members(text) or (None, [])
     if brackets is None: return rf"\text{{{text.lower()}}}" if WORDS.fullmatch(text) else text
     forms = [m if "=" in m else canonical(m) for m in members]
@@ -303,12 +303,12 @@ def _serve():
         limit(0)
         os.write(reply, json.dumps("?" if refused else found).encode() + b"\n")   # also where a refusal was caught
 
-# %% ../nbs/10_answer.ipynb #767a25cc
+# %% ../nbs/10_answer.ipynb #af39037f
 class Helper:
     "math-verify in a process of its own, started when first asked, replaced when it dies. Unix only."
     process: Any = None
     def start(self) -> Any:
-        program = "\n".join(map(inspect.getsource, (_fence, _reader, _worth, _serve))) + "\n_serve()"
+        program = "\n".join(inspect.getsource(f) for f in (_fence, _reader, _worth, _serve)) + "\n_serve()"
         p: Any = subprocess.Popen([sys.executable, "-P", "-c", program], bufsize=0, stdin=subprocess.PIPE,
                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         if p.stdout.readline() != b"!\n":
@@ -348,9 +348,9 @@ def asked(*question: Any) -> Any:
     try: return helper.ask(*question)
     finally: IDLE.append(helper)
 
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: [h.forget() for h in IDLE])
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: list(map(Helper.forget, IDLE)))
 
-# %% ../nbs/10_answer.ipynb #d20daf92
+# %% ../nbs/10_answer.ipynb #2fecfb51
 def _key(form: Form, seconds: float) -> Any:
     "What an answer shares with its equals, such as its value; None if it is readable but has none, `?` if it is not."
     if isinstance(form, Fraction):
@@ -368,12 +368,11 @@ def _equal(x: Form, y: Form, seconds: float) -> bool | None:
     if x == y: return True
     keys = [_key(form, seconds) for form in (x, y)]
     if "?" in keys: return None
-    brackets = {form[0] for form in (x, y) if isinstance(form, tuple)}
-    if None not in keys and not ("" in brackets and len(brackets) > 1): return keys[0] == keys[1]
+    if None not in keys: return keys[0] == keys[1]
     a, b = sorted((_written(x), _written(y)))
     if (r"\mp" in a) != (r"\mp" in b): return False      # the upper sign first
     verdict = asked(a, b, seconds) if max(len(a), len(b)) <= LONGEST else "?"
-    return None if verdict == "?" else verdict
+    return None if verdict == "?" else bool(verdict)
 
 def equal_answers(
     a: str,               # one extracted answer
@@ -384,11 +383,12 @@ def equal_answers(
     if seconds <= 0: raise ValueError(f"seconds must be positive; it is {seconds}")
     return _equal(canonical(a), canonical(b), seconds) if a.strip() and b.strip() else None
 
-# %% ../nbs/10_answer.ipynb #98a358f5
-BARE = re.compile(r"(?<=\d)\s?(?:%|[gLVWJNA]| [mshl]| [ap]m)$")                       # 50%, 2600g, 9 m, 3:30 pm
+# %% ../nbs/10_answer.ipynb #3be4b41b
+BARE = re.compile(r"(?<=\d)\s?(?:%|[gLVWJNA]| [mshl]| [ap]m|_\d)$")                   # 50%, 2600g, 9 m, 3:30 pm, 10_2
 def _bare(answer: str) -> str:
-    "The answer without a percent sign, a unit of one letter, or the sentence around its only number."
+    "Without a percent sign, a unit of one letter, or the sentence around an only number; a bare list as a pair."
     text = tidy(answer)
+    if text[:2] != r"\{" and (_members(text) or ["()"])[0] == "": return f"({text})"
     sentence = re.search(r"(?<![\\a-zA-Z])[A-Za-z]{2,} \S*\d", text) and len(re.findall(r"\d[\d.,/ ]*", text)) == 1
     return BARE.sub("", tidy(stated(text) or text) if sentence else text)
 
@@ -410,7 +410,7 @@ def math_verify(
     "Whether the answer in a response counts as the reference (`same_answer`); what cannot be told is False."
     return bool((found := extract_answer(text)) and same_answer(found, answer))
 
-# %% ../nbs/10_answer.ipynb #c9668cdb
+# %% ../nbs/10_answer.ipynb #2731dd47
 def same_answers(
     pairs: Iterable[tuple[str, str]], # answer and reference
     seconds: float = 3.0,             # of computing, for each question to a helper
@@ -422,13 +422,13 @@ def same_answers(
     distinct, late = list(dict.fromkeys(pairs)), []
     end = time.monotonic() + (float("inf") if budget is None else budget)
     def one(pair):
-        if time.monotonic() < end: return same_answer(*pair, seconds)
+        if time.monotonic() < end: return same_answer(pair[0], pair[1], seconds)
         late.append(pair)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool: verdicts = dict(zip(distinct, pool.map(one, distinct)))
     if late: warnings.warn(f"the budget of {budget:g} s is spent; {len(late)} of {len(distinct)} pairs are undecided")
     return [verdicts[pair] for pair in pairs]
 
-# %% ../nbs/10_answer.ipynb #8ad57552
+# %% ../nbs/10_answer.ipynb #042d393a
 def group_answers(
     answers: Sequence[str | None], # extracted answers to one question
     seconds: float = 3.0,          # of computing, for each question to a helper; 0: none is asked
@@ -436,15 +436,15 @@ def group_answers(
     "For each answer the number of its group, in order of appearance; −1 for None and blanks. Undecidable: its own."
     forms = [canonical(a) if a and a.strip() else None for a in answers]
     groups: dict[Any, int] = {}                          # of each form, and of each key
-    firsts: list[tuple[Form, Any]] = []                  # the form and the key that began each group
+    firsts: list[Form] = []; keyless: list[int] = []     # the form that began each group; groups begun without a key
     for form in dict.fromkeys(f for f in forms if f is not None):
         key = _key(form, seconds) if seconds and len(set(forms)) > 1 else form
         if key == "?": key = form                        # nobody can tell: equal to its copies only
         group = groups.get(key)
         if group is None:                                # without a key: compared with what might equal it
-            others = [i for i, (f, k) in enumerate(firsts) if None in (key, k) and Fraction not in map(type, (f, form))]
-            group = next((i for i in others if _equal(firsts[i][0], form, seconds)), len(firsts))
-        if group == len(firsts): firsts.append((form, key))
-        groups[form] = group
-        if key is not None: groups[key] = group
+            others = range(len(firsts)) if key is None else keyless
+            alike = lambda i: Fraction not in (type(firsts[i]), type(form)) and _equal(firsts[i], form, seconds)
+            group = next(filter(alike, others), len(firsts))
+        if group == len(firsts): firsts.append(form); keyless += [group] * (key is None)
+        groups |= {form: group} if key is None else {form: group, key: group}
     return [-1 if f is None else groups[f] for f in forms]

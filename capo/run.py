@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 import capo.task as task
 from .answer import math_verify
+from .data import DataOptions, check_references
 from .evaluate import evaluate
 from .folder import (LOGS, Broken, Checkpoints, CSVLog, Logs, Progress, Watch, at_least, check_free, damage,
                          notice, one_of, read_settings, rewind, sealed, symptoms)
@@ -37,8 +38,8 @@ METHODS: dict[str, Callable[..., Recipe]] = {
 SIZES: dict[str, Any] = {"paper": paper_size, "grpo": grpo_size}
 
 @dataclass(frozen=True)
-class RunConfig(TrainConfig):
-    "A whole run: model, data and method, and what `TrainConfig` holds. Raises `ValueError` on a value out of range."
+class RunConfig(DataOptions, TrainConfig):
+    "A whole run: model, data, method, what `TrainConfig` and `DataOptions` hold. Raises `ValueError` out of range."
     lr: float = 0.0                # of AdamW, at its highest; 0: 5e-4 for the small model, else 1e-6, with LoRA 2e-5
     max_new_tokens: int = 0        # budget of a response, its EOS included; 0: 16 for the small model, else 1024
     save_every: int = 50           # steps between checkpoints, and one at the end
@@ -51,6 +52,7 @@ class RunConfig(TrainConfig):
     chat: bool | None = None       # put the prompts into the tokenizer's chat template; by default if it has one
     system: str = ""               # system prompt
     instruction: str = task.INSTRUCTION # goes after each question; empty: nothing
+    chat_options: str = ""         # of the chat template, such as enable_thinking=false
     method: str = "capo"           # capo or grpo
     max_prompt_tokens: int = 0     # longer prompts are left out, and counted; 0: none are
     tau: float = 0.6               # of CAPO's surrogate, nats per token
@@ -86,16 +88,20 @@ class RunConfig(TrainConfig):
 # %% ../nbs/33_run.ipynb #14203114
 def run_problems(
     config: RunConfig,  # data, validation, seed
+    say: Callable[[str], Any] = lambda line: None, # gets a line on what was recognised, and one on shared questions
 ) -> tuple[list[Problem], list[Problem]]:
     "The problems to train on and those to evaluate on, as they are asked."
     test = task.arithmetic(256, seed=10, distinct=True)
     if config.data == "arithmetic":
         n, held_out = config.steps * config.questions, {p.prompt for p in test}
         training = task.arithmetic(n, seed=1000 + config.seed, exclude=held_out)
-    else: training = task.load_problems(config.data, seed=config.seed)
+    else: training = config.problems(config.data, None, config.seed, training=True, say=say)
     if config.validation not in ("", "arithmetic"):
-        test = task.load_problems(config.validation, seed=config.seed + 1_000_000)
-    return training, test[:config.validation_size] if config.validation else []
+        test = config.held_out(config.validation, config.seed + 1_000_000, say)
+    test = test[:config.validation_size] if config.validation else []
+    if shared := len({p.prompt for p in training} & {p.prompt for p in test}):
+        say(f"{shared} of {len(test)} questions of the validation are among those that are trained on")
+    return training, test
 
 def prompted(
     problems: list[Problem], # as they are asked
@@ -104,7 +110,8 @@ def prompted(
 ) -> list[Problem]:
     "The problems as the model reads them; a chain of sums is read as it is."
     if config.data == "arithmetic": return problems
-    return task.prompts_for(problems, tokenizer, config.chat, config.system or None, config.instruction)
+    return task.prompts_for(problems, tokenizer, config.chat, config.system or None, config.instruction,
+                            config.chat_options)
 
 # %% ../nbs/33_run.ipynb #25314225
 class Validation:
@@ -265,8 +272,10 @@ def run(
     join_processes()
     out, config = Path(out), absolute(config)
     if not resume and processes()[0] == 0: check_free(out, f"go on with it by --resume {out}, or name a new folder")
-    tokenizer = task.load_tokenizer(config.model, config.trust_remote_code)
-    problems, held_out = (short_enough(prompted(x, config, tokenizer), config, tokenizer) for x in run_problems(config))
+    say = (lambda line: notice(f"capo: {line}")) if processes()[0] == 0 else lambda line: None
+    asked, tokenizer = run_problems(config, say), task.load_tokenizer(config.model, config.trust_remote_code)
+    if config.data != "arithmetic": check_references(asked[0], math_verify, say=say)
+    problems, held_out = (short_enough(prompted(x, config, tokenizer), config, tokenizer) for x in asked)
     model = task.load_model(config.model, config.dtype, config.trust_remote_code)
     task.limit_threads(model)
     if held_out: check_context(model, tokenizer, [p.prompt for p in held_out], config.max_new_tokens)

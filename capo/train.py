@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'TrainConfig', 'batches', 'learning_rate', 'prepare', 'Learner', 'counted', 'accumulate', 'check_update',
            'update', 'shares', 'step_stats', 'TimeUp', 'within', 'Guarded', 'answered', 'own_logps', 'experience',
-           'referred', 'Keeper', 'TrainResult', 'train', 'check_start', 'mean_of', 'fitted', 'sampler_of']
+           'referred', 'filled', 'Keeper', 'TrainResult', 'train', 'check_start', 'mean_of', 'fitted', 'sampler_of']
 
 # %% ../nbs/32_train.ipynb #a54667d1
 import math, random, signal, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 import torch
@@ -23,7 +24,7 @@ from .grpo import clip_fraction, kl_penalty, policy_ratio
 from .policy import (ADAPTERS, DTYPES, budget_for, check_context, free_memory, has_adapter, is_exact, recomputing,
                          reference_logps, starting_model, trainable_dtype, with_lora)
 from .processes import add_up, exchange, own_share, processes, together
-from .recipe import Recipe, capo
+from .recipe import Recipe, capo, refilled, spare, supplied
 from .rollout import HFSampler, Rollouts, Sampler, corrected, mismatch, parts, rollout, score, taught_logps
 from .task import Problem
 
@@ -180,10 +181,11 @@ def accumulate(
     whole, mine, sums = r.mask.flatten(0, 1), own_share(len(r)), torch.zeros(6, dtype=torch.float64)
     for rows, part in parts(r[mine], config.token_budget) if mine.start < mine.stop else []:
         A, old, mask = advantage[mine].flatten()[rows], part.old_logp.flatten(0, 1), part.mask.flatten(0, 1)
-        taught = (A != 0).reshape(len(A), -1).any(-1) | (config.kl > 0) # the rest has no gradient, but for a KL
+        taught = (A != 0) | (config.kl > 0) | ("reward" in recipe.needs) # the rest has no gradient, but for a KL
         with recomputing(policy): logp = taught_logps(policy, part, taught.view_as(part.reward)).flatten(0, 1)
         weight = {} if part.weight is None else {"weight": part.weight.flatten(0, 1)}
-        loss = recipe.loss(logp, old, A, mask, **weight) * (recipe.count(mask) / recipe.count(whole))
+        more = supplied(recipe, policy, part, rows, r.mask.shape[1])
+        loss = recipe.loss(logp, old, A, mask, **weight, **more) * (recipe.count(mask) / recipe.count(whole))
         kl = loss.new_zeros(())
         if config.kl: kl = kl_penalty(logp, part.ref_old_logp.flatten(0, 1), mask) * (len(mask) / len(whole))
         if taught.any(): (loss + config.kl * kl).backward()
@@ -345,6 +347,22 @@ def referred(r: Rollouts, reference: Callable[..., Tensor], config: TrainConfig)
     tempered = reference(r, r.temperature) if config.kl and r.temperature != 1 else None
     return replace(r, ref_logp=reference(r), ref_tempered_logp=tempered)
 
+# %% ../nbs/32_train.ipynb #c0ffee02
+def filled(
+    recipe: Recipe,                 # may refill
+    learn_from: Callable[..., Any], # `experience`, but for problems and step
+    batch: Sequence[Problem],       # of this step
+    problems: Sequence[Problem],    # all, for further batches
+    config: TrainConfig,            # seed and steps
+    step: int,                      # counted from 1
+) -> tuple[Rollouts, dict[str, float]]:
+    "The experience of a step, with groups of further batches in the place of those that the recipe does without."
+    r, extra = learn_from(problems=batch, step=step)
+    if recipe.refill:
+        another = lambda k: learn_from(problems=spare(problems, config, step, k), step=step + k * config.steps)[0]
+        r, extra["batches"] = refilled(r, recipe.refill, another)
+    return r, extra
+
 # %% ../nbs/32_train.ipynb #5d22f3ee
 @runtime_checkable
 class Keeper(Protocol):
@@ -386,12 +404,13 @@ def train(
     reference = reference_logps(policy, config.token_budget) if recipe.keep or config.kl else None
     learner, result = Learner(policy, config), TrainResult(policy)
     result.step = keeper.begin(policy, tokenizer, learner) if keeper else 0
+    learn_from = partial(experience, sampler, policy, verify=verify, reference=reference, config=config)
     def measure(step: int) -> None:
         if evaluate and first: result.evals.append({"step": step} | evaluate(policy, step))
     for step, batch in islice(enumerate(batches(problems, config), 1), result.step, None):
         if (step - 1) % config.eval_every == 0: measure(step - 1)
         start = time.perf_counter()
-        r, extra = experience(sampler, policy, batch, verify, reference, config, step)
+        r, extra = filled(recipe, learn_from, batch, problems, config, step)
         A = recipe.advantage(r, step)
         updates = [update(policy, learner, recipe, r[s], A[s], config, step) for s in shares(config)]
         row = {"step": step} | step_stats(r, recipe) | mean_of(updates) | extra

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from capo.calibration import auc_mean
-from capo.evaluate import Responses
+from capo.responses import gather
 from capo.recipe import grpo
 from capo.rollout import Rollouts
 from capo.task import arithmetic, arithmetic_tokenizer, tiny_lm
@@ -55,15 +55,14 @@ def rollouts(lpm, correct, valid=None, ref_ppl=None):
     return Rollouts(one, one, mask, mask, logp, (correct & valid).float(), ~valid, [[""] * G] * B, ref_logp=ref)
 
 
-def responses(lpm, correct, valid, answers=None, **other):
-    "Responses to questions 0, 1, …; the answers of a question are its right or wrong ones unless told."
-    B, G = valid.shape
-    lpm, correct = lpm.double().where(valid, 0), correct.bool() & valid
-    group = (answers if answers is not None else correct.long()).where(valid, -1)
-    return Responses([str(i) for i in range(B)], [""] * B, [None] * B,
-                     [[f"{x:.3f}" for x in row] for row in lpm.tolist()],
-                     [[str(a) for a in row] for row in group.tolist()], group,
-                     correct, lpm, valid, **other)
+def responses(lpm, correct, valid, answers=None, **columns):
+    "The valid responses to questions 0, 1, …; the answers of a question are its right or wrong ones unless told."
+    group = answers if answers is not None else correct.long()
+    def row(b, g):
+        answer = None if group[b, g] < 0 else str(group[b, g].item())
+        own = {"id": b, "response": f"{lpm[b, g]:.3f}", "answer": answer, "correct": bool(correct[b, g]), "lpm": lpm[b, g].item()}
+        return own | {k: v[b, g].item() for k, v in columns.items()}
+    return gather(row(b, g) for b, g in valid.nonzero().tolist())
 
 
 def two_runs(B=30, G=6):

@@ -44,7 +44,7 @@ TABLE = [
     ["3:30 pm", "3:30 P.M."], ["3:30 am"],
     [r"\text{Alice and }\text{Bob}"], [r"\text{Alice and }\text{Carol}"], [r"\infty", "∞"],
     [r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1.0 \\ 4/2 \end{pmatrix}"],
-    ["3t"], ["3h"], ["e^{-50}"], ["e^{-60}"], ["0"], ["2024-01-05"],
+    ["3t"], ["3h"], ["e^{-50}"], ["e^{-60}"], ["0"], ["2024-01-05"], ["1010_2", "1010_{2}"], ["1010_3"],
 ]
 WRITTEN = [(row, text) for row, texts in enumerate(TABLE) for text in texts]
 HOSTILE = ["9^{9^{9^{9}}}", "9^9^9^9", "{" * 3000 + "}" * 3000, "{" * 400 + "5" + "}" * 400, "9" * 100_000,
@@ -365,3 +365,8 @@ def test_grading():
     assert not math_verify(r"\boxed{0.5\%}", r"50\%")
     assert all(type(math_verify(t, r"\sqrt{2}")) is bool for t in (r"\boxed{2^{1/2}}", r"\boxed{\frac}", "7"))
     with pytest.raises(ValueError, match="seconds must be positive"): same_answer("1", "2", 0)
+
+
+def test_brackets_of_a_pair_may_be_left_off():
+    assert same_answer("1, 2", "(1, 2)") is same_answer("(1, 2)", "1,2") is True
+    assert same_answer("2, 1", "(1, 2)") is same_answer("1, 2", "[1, 2]") is equal_answers("1, 2", "(1, 2)") is False

@@ -3,13 +3,14 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-import capo.responses as lib
+import capo.sample as lib
 from capo import cli
 from capo.cli import main
 from capo.folder import fingerprint, same_run
@@ -49,7 +50,7 @@ def complaint(capsys, *argv, code=2):
 def files(): return sorted(str(p) for p in Path().rglob("*") if p.is_file() and p.name != "sums.jsonl")
 
 
-REPORT = ["auc.png", "confidence.png", "report.html", "report.md", "risk_coverage.png", "summary.json", "votes.png"]
+REPORT = sorted(["auc.svg", "confidence_0.svg", "report.html", "report.md", "risk_coverage.svg", "summary.json", "votes_0.svg"])
 
 
 def test_from_a_model_to_a_report(capsys):
@@ -57,11 +58,11 @@ def test_from_a_model_to_a_report(capsys):
     said = capsys.readouterr().out
     assert sorted(p.name for p in Path("out").iterdir()) == sorted(["config.json", "responses.jsonl", *REPORT])
     r = read_responses("out/responses.jsonl")
-    assert r.id == [str(i) for i in range(10)] and r.valid.sum() == 30 and r.refused == 0
+    assert r.id == [str(i) for i in range(10)] and len(r.text) == 30 and r.refused == 0
     assert r.prompt == [p.prompt for p in PROBLEMS]
-    assert r.correct.tolist() == [[verify(t, p.answer) for t in ts] for ts, p in zip(r.text, PROBLEMS)]
+    assert r.correct.tolist() == [verify(t, PROBLEMS[q].answer) for q, t in zip(r.question.tolist(), r.text)]
     accuracy = json.loads(Path("out/summary.json").read_text())["sets"]["out"]["numbers"]["accuracy"]["value"]
-    assert f"| accuracy, mean of n           | {accuracy:.3f} " in said
+    assert re.search(rf"accuracy, mean of 3 +{accuracy:.3f} ", said)
     assert "out/report.html" in said
     assert "10 questions of sums.jsonl, 3 responses each by tiny" in said
     about = json.loads(Path("out/config.json").read_text())
@@ -231,18 +232,32 @@ def recorded(path, n=3, flip=False, extra=""):
 
 def test_a_report_of_two_files(capsys):
     recorded("a.jsonl"); recorded("b.jsonl", flip=True)
-    assert main(["report", "a.jsonl", "b.jsonl", "--out", "new/folder", "--resamples", "20"]) == 0
+    assert main(["report", "a.jsonl", "b.jsonl", "--out", "new/folder"]) == 0
     said = capsys.readouterr().out
-    assert sorted(p.name for p in Path("new/folder").iterdir()) == REPORT
+    assert set(REPORT) <= {p.name for p in Path("new/folder").iterdir()}
     assert "minus the first" in said and "new/folder/report.html" in said and "`a`" in said
 
 
 def test_a_report_of_a_file_with_flaws(capsys):
     recorded("a.jsonl", extra='{"id": 1}\nx\n')
-    assert main(["report", "a.jsonl", "--resamples", "5"]) == 0
+    assert "2 lines could not be used, and nothing counts them" in complaint(capsys, "report", "a.jsonl", "--out", "new", code=1)
+    assert "a.jsonl, line 16: it has neither correct nor reference" in Path("new/report.md").read_text()
+    assert main(["report", "a.jsonl", "--skip-bad"]) == 0
     said = capsys.readouterr().out
-    assert "a.jsonl, line 16: it has neither lpm nor logps" in said
-    assert "Lines that could not be used: 2." in said and "runs/report-" in said
+    assert said.startswith("> `a`: 2 lines could not be used") and "runs/report-" in said
+
+
+def test_labels_of_plus_and_minus_one_lose_no_line(capsys):
+    Path("a.csv").write_text("q,acc,p\n" + "".join(f"{i},{1 if i % 4 else -1},{i / 40}\n" for i in range(40)))
+    assert main(["report", "a.csv", "--column", "id=q", "--column", "correct=acc", "--column", "confidence=p", "--csv", "--out", "new"]) == 0
+    assert json.loads(Path("new/summary.json").read_text())["sets"]["a"]["numbers"]["accuracy"]["value"] == .75
+    assert Path("new/how_often_it_is_right.csv").exists() and "column must be FIELD=COLUMN" in complaint(capsys, "report", "a.csv", "--column", "id")
+
+
+def test_a_log_is_converted(capsys):
+    recorded("a.jsonl", extra="x\n")
+    assert "the first: a.jsonl, line 16: it is not JSON" in complaint(capsys, "convert", "a.jsonl", "b.jsonl.gz", code=1)
+    assert main(["convert", "a.jsonl", "b.jsonl.gz", "--skip-bad"]) == 0 and len(read_responses("b.jsonl.gz").text) == 15
 
 
 @pytest.mark.parametrize("content, words", [
@@ -255,7 +270,7 @@ def test_a_report_of_nothing_is_a_sentence(capsys, content, words):
 
 def test_bad_options_of_a_report(capsys):
     recorded("a.jsonl")
-    for options, words in (("--resamples 0", "n must be at least 1"), ("--precision 2", "precision must lie"),
+    for options, words in (("--by x", "there is no confidence x"), ("--precision 2", "precision must lie"),
                            ("a.jsonl", "different files"), ("--out a.jsonl", "another run")):
         assert words in complaint(capsys, "report", "a.jsonl", *options.split())
     assert files() == ["a.jsonl"]

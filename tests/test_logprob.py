@@ -75,7 +75,8 @@ def test_log_probs_from_hidden_states_and_their_gradients(N, V, D, budget, tempe
     "In chunks of any size, against autograd on all logits."
     g = torch.Generator().manual_seed(seed)
     h, w, b = (3 * torch.randn(*shape, dtype=torch.float64, generator=g) for shape in ((N, D), (V, D), (V,)))
-    x, inputs = torch.randint(V, (N,), generator=g), [h.requires_grad_(), w.requires_grad_()] + biased * [b.requires_grad_()]
+    x, inputs = torch.randint(V, (N,), generator=g), [h, w, b] if biased else [h, w]
+    for leaf in inputs: leaf.requires_grad_()
     z = h @ w.T + (b if biased else 0)
     if softcap: z = softcap * (z / softcap).tanh()
     want = -torch.nn.functional.cross_entropy(z / temperature, x, reduction="none")
@@ -102,7 +103,8 @@ def test_a_model_is_taken_apart_where_its_parts_give_its_logits(name):
     model, ids = model_of(name), tokens(2, 5)
     found = anatomy(model)
     with torch.no_grad():
-        torch.testing.assert_close(found.layer(found.body(input_ids=ids).last_hidden_state), model(input_ids=ids).logits)
+        hidden = found.body(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(found.logits(hidden), model(input_ids=ids).logits)
     assert anatomy(model) is found and not model.training
 
 
@@ -153,7 +155,8 @@ def test_lpm_is_the_mean_of_a_responses_own_tokens(lengths, seed):
     junk = logp.where(mask, torch.tensor([float("nan"), 3., float("-inf")] * 2))
     want = torch.stack([x[:n].mean() for x, n in zip(logp, lengths)])          # nan for an empty one
     torch.testing.assert_close(mean_logp(junk, mask), want, equal_nan=True)
-    torch.testing.assert_close(mean_logp(junk[None, :, None], mask[None, :, None].long()), want[None, :, None], equal_nan=True)
+    wide, wide_mask = junk[None, :, None], mask[None, :, None].long()
+    torch.testing.assert_close(mean_logp(wide, wide_mask), want[None, :, None], equal_nan=True)
     torch.testing.assert_close(perplexity(junk, mask).log(), -want, equal_nan=True)
 
 

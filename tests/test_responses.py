@@ -2,15 +2,18 @@
 import gzip
 import json
 import math
+import os
+import threading
 from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from capo.evaluate import evaluate
-from capo.responses import Responses, as_responses, cut_to_batches, read_responses, response_rows, sample_to_file, write_responses
+from capo.evaluate import evaluate, padded
+from capo.responses import Responses, as_responses, convert, locked, read_responses, response_rows, write_responses, write_whole
 from capo.rollout import HFSampler, Rollouts, rollout
+from capo.sample import cut_to_batches, sample_to_file
 from capo.task import Problem, arithmetic, base_model, last_integer, verify
 
 GOOD = {"id": "a", "response": "So it is 4.", "answer": "4", "reference": "4", "correct": 1, "lpm": -.5}
@@ -34,16 +37,25 @@ def reason(tmp_path, bad):
 
 
 BAD = {
-    b"{": "it is not JSON", b"[1, 2]": "it is JSON, and not an object", b'"text"': "not an object", b"12": "not an object", b"null": "not an object", b"\xff\xfe": "it is not UTF-8",
-    b"[" * 100_000: "not JSON that can be read", b'{"id": 1, "lpm": ' + b"9" * 5000 + b"}": "not JSON that can be read",
-    line(id=...): "it has no id", line(id=None): "it has no id", line(id=True): "id must be text or an integer; it is true", line(id=1.5): "id must be", line(id=[1]): "id must be",
-    line(lpm=...): "it has neither lpm nor logps", line(lpm=None): "it has neither", line(lpm=math.nan): "lpm must be a finite number; it is NaN", line(lpm=-math.inf): "lpm must be a finite",
-    line(lpm=.5): "lpm must be a mean of log-probabilities, at most 0; it is 0.5", line(lpm="-1"): 'lpm must be a finite number; it is "-1"', line(lpm=True): "lpm must be a finite", line(lpm=10**400): "lpm must be a finite",
-    line(lpm=..., logps=[-1, "x"]): "logps must be a finite number", line(lpm=..., logps=-1): "logps must be a list", line(lpm=..., logps=[-1, None]): "logps must be", line(lpm=..., logps=[2., 3.]): "at most 0",
-    line(correct=2): "correct must be true or false, or 1 or 0; it is 2", line(correct="yes"): "correct must be", line(correct=[1]): "correct must be", line(correct=.5): "correct must be",
-    line(correct=..., reference=...): "it has neither correct nor reference", line(correct=..., answer=..., response=...): "no answer or response to compare",
-    line(response=["x"]): "response must be text", line(answer={}): "answer must be text", line(length=-1): "length must be a number of tokens", line(length=1.5): "length must be", line(truncated="maybe"): "truncated must be",
-    line(token_confidence=[]): "token_confidence must hold", line(token_confidence=[1, -1]): "token_confidence must hold", line(token_confidence="high"): "token_confidence must be",
+    b"{": "it is not JSON", b"[1, 2]": "it is JSON, and not an object", b'"text"': "not an object", b"12": "not an object",
+    b"null": "not an object", b"\xff\xfe": "it is not UTF-8", b"[" * 100_000: "not JSON that can be read",
+    b'{"id": 1, "lpm": ' + b"9" * 5000 + b"}": "not JSON that can be read",
+    line(id=...): "it has no id", line(id=None): "it has no id", line(id=True): "id must be text or an integer; it is true",
+    line(id=1.5): "id must be", line(id=[1]): "id must be", line(id=math.nan): "id must be",
+    line(lpm=math.nan): "lpm must be a finite number; it is NaN", line(lpm=-math.inf): "lpm must be a finite",
+    line(lpm=.5): "lpm must be a mean of log-probabilities, at most 0; it is 0.5", line(lpm="-1"): 'lpm must be a finite number; it is "-1"',
+    line(lpm=True): "lpm must be a finite", line(lpm=10**400): "lpm must be a finite",
+    line(lpm=..., logps=[-1, "x"]): "logps must be a finite number", line(lpm=..., logps=-1): "logps must be a list",
+    line(lpm=..., logps=[-1, None]): "logps must be", line(lpm=..., logps=[2., 3.]): "at most 0", line(logps=[-1, -math.inf]): "logps must be",
+    line(correct=2): "correct must be true or false, 1 or 0, 1 or -1, yes or no; it is 2", line(correct="maybe"): "correct must be",
+    line(correct=[1]): "correct must be", line(correct=.5): "correct must be",
+    line(correct=..., reference=...): "it has neither correct nor reference",
+    line(correct=..., answer=..., response=...): "no answer or response to compare",
+    line(response=["x"]): "response must be text", line(answer={}): "answer must be text",
+    line(length=-1): "length must be a number of tokens", line(length=1.5): "length must be", line(truncated="maybe"): "truncated must be",
+    line(token_confidence=[]): "token_confidence must hold", line(token_confidence=[1, -1]): "token_confidence must hold",
+    line(token_confidence="high"): "token_confidence must be", line(confidence=80): "confidence must lie between 0 and 1",
+    line(confidence={"a": "x"}): "confidence must be", line(score="x"): "score must be a finite number",
     line(reference="5"): "question a has another reference than before", line(sample=-1): "sample must be"}
 
 
@@ -51,11 +63,15 @@ BAD = {
 def test_a_line_that_cannot_be_used_is_named_with_its_reason(tmp_path, bad): assert BAD[bad] in reason(tmp_path, bad)
 
 
-@pytest.mark.parametrize("right", [True, 1, 1., "true", "True", "1"])
-def test_right_and_wrong_in_any_of_the_usual_forms(tmp_path, right):
-    wrong = {True: False, "true": "false", "True": "False", "1": "0"}[right]
+@pytest.mark.parametrize("right, wrong", [(True, False), (1, 0), (1., 0.), ("true", "false"), ("True", "False"), ("1", "0"), (1, -1), (1., -1.), ("yes", "no")])
+def test_right_and_wrong_in_any_of_the_usual_forms(tmp_path, right, wrong):
     found = read(tmp_path, line(correct=right), line(correct=wrong))
-    assert found.refused == 0 and found.correct.tolist() == [[True, False]]
+    assert found.refused == 0 and found.correct.tolist() == [True, False]
+
+
+def test_numbers_as_pandas_writes_them(tmp_path):
+    found = read(tmp_path, line(id=3., length=12., truncated=0.), line(id="3", length=7))
+    assert found.refused == 0 and found.id == ["3"] and found.length.tolist() == [12, 7]
 
 
 def test_other_forms_of_a_file(tmp_path):
@@ -64,29 +80,67 @@ def test_other_forms_of_a_file(tmp_path):
     unended.write_bytes(line() + b"\n" + line())
     zipped = tmp_path / "z.gz"
     zipped.write_bytes(gzip.compress(unended.read_bytes()))
-    for found in (crlf, bom, read_responses(unended), read_responses(zipped), read_responses(unended.rename(tmp_path / "no_suffix"))):
-        assert found.refused == 0 and found.lpm.tolist() == [[-.5, -.5]] and found.id == ["a"]
+    whole = tmp_path / "w.json"
+    whole.write_bytes(b"[\n" + line() + b",\n" + line() + b"\n]")
+    for found in (crlf, bom, read_responses(unended), read_responses(zipped), read_responses(whole), read_responses(unended.rename(tmp_path / "no_suffix"))):
+        assert found.refused == 0 and found.score.tolist() == [-.5, -.5] and found.id == ["a"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pipe_is_read_once_and_whole(tmp_path, packed):
+    data = b"".join(line(id=i) + b"\n" for i in range(3000))
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(gzip.compress(data) if packed else data))
+    writer.start()
+    found = read_responses(tmp_path / "pipe")
+    writer.join()
+    assert len(found) == 3000 and found.refused == 0
 
 
 def test_fields_that_stand_for_one_another(tmp_path):
     found = read(tmp_path, line(id=1, lpm=..., logps=[-.2, -.4], correct=...), line(id=2, correct=..., answer=..., response="Half: 1/2", reference=.5),
-                 line(id=2, correct=..., answer=None, reference=.5), line(id=2, correct=..., answer="0.50", reference=.5, truncated=True), line(id=2, answer="x", correct=0, reference=.5, lpm=..., logps=[]))
+                 line(id=2, correct=..., answer=None, reference=.5), line(id=2, correct=..., answer="0.50", reference=.5, truncated=True),
+                 line(id=2, answer="x", correct=0, reference=.5, lpm=..., logps=[]))
     assert found.refused == 0 and found.id == ["1", "2"] and found.empty == 1
-    assert found.lpm[0, 0].item() == pytest.approx(-.3) and found.length[0, 0] == 2
-    assert found.correct.tolist() == [[True] + [False] * 3, [True, False, False, False]]      # an answer that the budget cut off is not right
-    assert found.answer[1] == ["1/2", None, "0.50", "x"] and found.group[1, :3].tolist() == [0, -1, 0]
-    assert found.valid.tolist() == [[True, False, False, False], [True, True, True, False]] and found.truncated[1].tolist() == [False, False, True, False]
+    assert found.score[0].item() == pytest.approx(-.3) and found.length[0] == 2
+    assert found.correct.tolist() == [True, True, False, False, False]           # an answer that the budget cut off is not right
+    assert found.answer == ["4", "1/2", None, "0.50", None] and found.group.tolist() == [0, 0, -1, 0, -1]
+    assert found.score.isfinite().tolist() == [True] * 4 + [False] and found.truncated.tolist() == [False, False, False, True, False]
+
+
+def test_a_per_cent_sign_is_no_error(tmp_path):
+    found = read(tmp_path, *(line(id=a, correct=..., answer=a, reference=b) for a, b in (("50\\%", "50"), ("50", "50%"), ("51%", "50"))))
+    assert found.correct.tolist() == [True, True, False]
+
+
+def test_empty_responses_are_wrong_whatever_their_line_says(tmp_path):
+    found = read(tmp_path, line(), line(length=0, correct=1))
+    assert found.correct.tolist() == [True, False] and found.empty == 1 and math.isnan(found.score[1])
+
+
+def test_any_confidence_and_none(tmp_path):
+    found = read(tmp_path, line(lpm=..., confidence=.9), line(id="b", lpm=..., confidence={"judge": .5}, score=-3), line(id="c", lpm=...))
+    assert found.refused == 0 and list(found.scores) == ["confidence", "score", "judge"] and found.probabilities == ("confidence", "judge")
+    assert [x.isfinite().tolist() for x in found.scores.values()] == [[True, False, False], [False, True, False], [False, True, False]]
+    assert read(tmp_path, line(lpm=...)).scores == {}
+
+
+def test_what_looks_odd_is_said(tmp_path):
+    odd = lambda **change: " ".join(read(tmp_path, line(**change), line(id="b", **change)).notes)
+    assert odd() == "" and "are they sums?" in odd(lpm=-120) and "truncated, and are right by the file" in odd(truncated=True)
+    assert "not the mean of their logps" in odd(logps=[-3, -4])
+    assert "1 of 2 responses come without lpm" in read(tmp_path, line(), line(lpm=...)).notes
 
 
 def test_responses_of_a_question_need_not_be_neighbours(tmp_path):
     found = read(tmp_path, line(id="x"), line(id="y", lpm=-1), line(id="x", lpm=-2), line(id="y", lpm=-3), line(id="x", lpm=-4))
-    assert found.id == ["x", "y"] and found.lpm.tolist() == [[-.5, -2, -4], [-1, -3, 0]] and found.valid.tolist() == [[True] * 3, [True, True, False]]
+    assert found.id == ["x", "y"] and found.score.tolist() == [-.5, -2, -4, -1, -3] and found.size.tolist() == [3, 2]
 
 
 def test_doubled_lines_and_clashing_ids_are_counted(tmp_path):
     found = read(tmp_path, line(sample=0), line(sample=1), line(sample=0), line(prompt="p"), line(prompt="q"))
-    assert found.refused == 2 and found.valid.sum() == 3
-    assert "sample 0 of question a was read before: the line is doubled" in found.flaws[0] and "another prompt" in found.flaws[1]
+    assert found.refused == 2 and len(found.text) == 3
+    assert "question a has sample 0 already: the line is doubled" in found.flaws[0] and "another prompt" in found.flaws[1]
     path = tmp_path / "r.jsonl"
     assert read_responses(path, path).refused == 2 + 4       # all but the fourth, which has no number
 
@@ -122,7 +176,7 @@ def test_missing_files_and_folders(tmp_path):
 
 def test_answers_that_cannot_be_compared_are_wrong_and_counted(tmp_path):
     found = read(tmp_path, line(correct=..., answer="7" * 5000, reference="4"), line(correct=..., answer="7" * 5000, reference="4"), line(correct=..., answer="2+2", reference="4"))
-    assert found.unverifiable == 2 and found.correct.tolist() == [[False, False, True]] and found.group.tolist() == [[0, 0, 1]]
+    assert found.unverifiable == 2 and found.correct.tolist() == [False, False, True] and found.group.tolist() == [0, 0, 1]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -134,8 +188,8 @@ def test_no_bytes_give_a_traceback(tmp_path, lines, zipped):
     path = tmp_path / "r.jsonl"
     path.write_bytes(gzip.compress(data)[:-3] if zipped else data)
     found = read_responses(path)
-    assert found.refused + found.valid.sum() + found.empty <= 2 + data.count(b"\n") + 1
-    assert found.lpm.isfinite().all() and all(math.isfinite(v) or math.isnan(v) for v in evaluate(found).values())
+    assert found.refused + len(found.text) <= 2 + data.count(b"\n") + 1
+    assert not found.score.isinf().any() and all(math.isfinite(v) or math.isnan(v) for v in evaluate(found).values())
 
 
 @given(st.binary(max_size=300))
@@ -154,6 +208,11 @@ def sampled():
     return sampler, problems, rollout(sampler, problems, 4, verify)
 
 
+def equal(x, y):
+    if isinstance(x, dict): return x.keys() == y.keys() and all(map(equal, x.values(), y.values()))
+    return x.equal(y) if isinstance(x, torch.Tensor) else x == y
+
+
 @pytest.mark.parametrize("name", ["r.jsonl", "r.jsonl.gz"])
 def test_the_round_trip_keeps_everything(tmp_path, sampled, name):
     _, problems, r = sampled
@@ -162,8 +221,9 @@ def test_the_round_trip_keeps_everything(tmp_path, sampled, name):
     a, b = as_responses(r, problems, last_integer), read_responses(path)
     for f in fields(Responses):
         x, y = getattr(a, f.name), getattr(b, f.name)
-        assert x.equal(y) if isinstance(x, torch.Tensor) else x == y, f.name
-    assert b.lpm.float().equal(r.lpm) and b.correct.equal(r.reward == 1) and b.text == r.text and b.prompt == [p.prompt for p in problems]
+        assert equal(x, y), f.name
+    g = padded(b)
+    assert g.lpm.float().equal(r.lpm) and g.correct.equal(r.reward == 1) and g.text == r.text and b.prompt == [p.prompt for p in problems]
     assert list(evaluate(b).values()) == pytest.approx(list(evaluate(r).values()), rel=1e-6, nan_ok=True)
 
 
@@ -173,14 +233,17 @@ def test_an_empty_response_and_strange_text_survive_the_round_trip(tmp_path):
     r = Rollouts(torch.ones(1, 1).long(), torch.ones(1, 1).long(), mask, mask, -.3 * mask, torch.tensor([[1., 0.]]), torch.tensor([[False, False]]), text)
     write_responses(tmp_path / "r", response_rows(r, [Problem("\"\n", "1")]))
     found = read_responses(tmp_path / "r")
-    assert found.text == text and found.prompt == ["\"\n"] and found.valid.tolist() == [[True, False]] and found.empty == 1 and found.refused == 0
+    assert found.text == text[0] and found.prompt == ["\"\n"] and found.score.isfinite().tolist() == [True, False]
+    assert found.empty == 1 and found.refused == 0
 
 
 def test_some_of_the_questions(sampled):
     r = as_responses(sampled[2], sampled[1], last_integer)
     some = r[[4, 0]]
-    assert some.id == ["4", "0"] and some.lpm.equal(r.lpm[[4, 0]]) and some.text == [r.text[4], r.text[0]] and some.length.equal(r.length[[4, 0]])
-    assert some.same_text.shape == (2, 4) and all((some.same_text[q, i] == some.same_text[q, j]) == (some.text[q][i] == some.text[q][j]) for q in (0, 1) for i in range(4) for j in range(4))
+    g, few = padded(r), padded(some)
+    assert some.id == ["4", "0"] and few.lpm.equal(g.lpm[[4, 0]]) and few.text == [g.text[4], g.text[0]] and few.length.equal(g.length[[4, 0]])
+    same = lambda x: x[:, :, None] == x[:, None, :]
+    assert same(few.same_text).equal(same(g.same_text)[[4, 0]]) and few.group.equal(g.group[[4, 0]])
 
 
 def run(sampled, path, n=4, seed=0, batch=5):

@@ -9,8 +9,8 @@ from hypothesis import given, strategies as st
 
 import capo.sampling
 from capo.logprob import shares
-from capo.rollout import (HFSampler, Rollouts, VLLMSampler, corrected, cut_by_tokens, grade, mismatch, plain_rollout_logps,
-                          rollout, rollout_logps, score)
+from capo.rollout import (HFSampler, Rollouts, VLLMSampler, corrected, cut_by_tokens, grade, mismatch,
+                          plain_rollout_logps, rollout, rollout_logps, score)
 from capo.sampling import draw, merged, splitmix, uniforms
 from capo.task import Problem, arithmetic_tokenizer
 from helpers import V, each_model, model_of
@@ -62,15 +62,17 @@ TINY = dict(vocab_size=V, pad_token_id=0, eos_token_id=1, bos_token_id=None)
 SIZE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
 LLAMA = dict(SIZE, intermediate_size=32, num_key_value_heads=2, initializer_range=.4)
 MOE = dict(LLAMA, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+OPT = dict(SIZE, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=64, init_std=.4)
+CAPS = dict(attn_logit_softcapping=3., final_logit_softcapping=2.)
 FAMILIES = { # name → class, configuration, and how long a sequence may be for its prompt to be shared
     "rotary, tied": ("Llama", dict(LLAMA, tie_word_embeddings=True), 99),
     "rotary, grouped, biases": ("Qwen2", LLAMA, 99),
     "absolute": ("GPT2", dict(n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=.4), 99),
-    "absolute, with an offset": ("OPT", dict(SIZE, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=64, init_std=.4), 99),
+    "absolute, with an offset": ("OPT", OPT, 99),
     "ALiBi": ("Bloom", dict(hidden_size=16, n_layer=2, n_head=2, initializer_range=.4), 0),
     "a window as long as the text": ("Mistral", dict(LLAMA, sliding_window=40), 40),
     "a window": ("Mistral", dict(LLAMA, sliding_window=6), 0),
-    "soft caps": ("Gemma2", dict(LLAMA, head_dim=8, sliding_window=64, attn_logit_softcapping=3., final_logit_softcapping=2.), 64),
+    "soft caps": ("Gemma2", dict(LLAMA, head_dim=8, sliding_window=64, **CAPS), 64),
     "experts": ("Mixtral", dict(LLAMA, num_local_experts=4, num_experts_per_tok=2), 99),
     "experts, one shared": ("Qwen2Moe", MOE, 99)}
 HEADS = {"GPT2": "LMHeadModel"}
@@ -80,10 +82,12 @@ def family(name, lora=False):
     kind, options, _ = FAMILIES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(hf, kind + HEADS.get(kind, "ForCausalLM"))(getattr(hf, kind + "Config")(**TINY | options)).eval()
+        config = getattr(hf, kind + "Config")(**TINY | options)
+        model = getattr(hf, kind + HEADS.get(kind, "ForCausalLM"))(config).eval()
         if not lora: return model
         from peft import LoraConfig, get_peft_model
-        return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+        adapter = LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, adapter).eval()
 
 
 def batch(B=5, G=4, P=13, T=9):
@@ -95,14 +99,16 @@ def batch(B=5, G=4, P=13, T=9):
     for row, n in zip(ids, asked): row[P - n:P - n + 9] = torch.arange(3, 12)
     ids[4] = ids[0]
     mask = (torch.arange(T) < answered[..., None]).long()
-    return Rollouts(ids, prompt_mask, torch.randint(2, V, (B, G, T), generator=g), mask, -torch.rand(B, G, T, generator=g) * mask,
-                    torch.zeros(B, G), torch.zeros(B, G).bool(), [[""] * G] * B)
+    drawn, logp = torch.randint(2, V, (B, G, T), generator=g), -torch.rand(B, G, T, generator=g) * mask
+    none = torch.zeros(B, G)
+    return Rollouts(ids, prompt_mask, drawn, mask, logp, none, none.bool(), [[""] * G] * B)
 
 
 def value_and_gradient(model, r, f, temperature=1.):
     weights = [p for p in model.parameters() if p.requires_grad]
     logp = f(model, r, temperature)
-    slopes = torch.autograd.grad((logp * torch.arange(1., r.mask.numel() + 1).view_as(r.mask)).sum() / r.mask.numel(), weights, allow_unused=True)
+    rising = torch.arange(1., r.mask.numel() + 1).view_as(r.mask) / r.mask.numel()
+    slopes = torch.autograd.grad((logp * rising).sum(), weights, allow_unused=True)
     return logp.detach(), [None if g is None else g.clone() for g in slopes]
 
 
@@ -117,7 +123,8 @@ def test_a_prompt_read_once_changes_neither_the_numbers_nor_the_gradient(name, l
         torch.testing.assert_close(fast[0], plain[0], rtol=0, atol=2e-5)
         torch.testing.assert_close(fast[1], plain[1], rtol=1e-4, atol=1e-4)
     assert (plain[0] != 0).sum() == r.mask.sum()
-    for budget in (1, 60, 10**4): torch.testing.assert_close(score(model, r, budget), score(model, r), rtol=0, atol=2e-5)
+    whole = score(model, r)
+    for budget in (1, 60, 10**4): torch.testing.assert_close(score(model, r, budget), whole, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["rotary, tied", "absolute", "soft caps", "ALiBi"])
@@ -159,7 +166,8 @@ def test_a_mask_with_holes_takes_the_plain_path():
 def test_a_response_ends_with_its_eos_or_is_truncated(name):
     r = sampler(name, max_new_tokens=12)(PROMPTS, 16, seed=2)
     assert 0 < r.truncated.float().mean() < 1 and r.valid.all()
-    for ids, mask, cut, text in zip(r.response_ids.flatten(0, 1), r.mask.flatten(0, 1), r.truncated.flatten(), sum(r.text, [])):
+    flat = (x.flatten(0, 1) for x in (r.response_ids, r.mask, r.truncated))
+    for ids, mask, cut, text in zip(*flat, sum(r.text, [])):
         n = int(mask.sum())
         assert mask.tolist() == [1] * n + [0] * (len(mask) - n) and (ids[n:] == PAD).all()
         assert EOS not in ids[:n - 1].tolist() and (ids[n - 1] == EOS) == (not cut) and (n == 12 or not cut)
@@ -208,9 +216,10 @@ def test_the_draws_do_not_depend_on_the_batches(name, tokens, temperature):
 
 
 def test_a_response_does_not_depend_on_its_neighbours_nor_on_the_budgets():
-    "Fewer responses are the first of more; a smaller budget cuts, and changes nothing before; prompts behind change nothing."
+    "Fewer are the first of more; a smaller budget cuts, and changes nothing before; prompts behind change nothing."
     a = sampler(max_new_tokens=12)(PROMPTS, 6, seed=3)
-    few, short, first = sampler(max_new_tokens=12)(PROMPTS, 2, seed=3), sampler(max_new_tokens=3)(PROMPTS, 6, seed=3), sampler(max_new_tokens=12)(PROMPTS[:2], 6, seed=3)
+    few, short = sampler(max_new_tokens=12)(PROMPTS, 2, seed=3), sampler(max_new_tokens=3)(PROMPTS, 6, seed=3)
+    first = sampler(max_new_tokens=12)(PROMPTS[:2], 6, seed=3)
     assert few.text == [row[:2] for row in a.text] and first.text == a.text[:2]
     assert short.response_ids.equal(a.response_ids[..., :3]) and short.mask.equal(a.mask[..., :3])
     same = sampler(max_new_tokens=12)([PROMPTS[0]] * 3, 4, seed=3)                # one prompt thrice has three streams
@@ -237,9 +246,13 @@ def test_splitmix_gives_the_published_sequence():
     assert [x % 2**64 for x in splitmix(torch.tensor(1234567), torch.arange(5)).tolist()] == want
 
 
-@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=8).filter(lambda p: sum(p) > 1e-3), st.floats(0, 1, exclude_max=True))
-def test_a_draw_inverts_the_cumulative_distribution(p, u):
-    i = int(draw(torch.tensor([p]), torch.tensor([u], dtype=torch.float64)))
+chances = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40).filter(lambda p: sum(p) > 1e-3)
+
+
+@given(chances, st.floats(0, 1, exclude_max=True), st.sampled_from([1, 2, 128]))
+def test_a_draw_inverts_the_cumulative_distribution(p, u, block):
+    "At once, and in blocks, which come in when there are more than sixteen of them."
+    i = int(draw(torch.tensor([p]), torch.tensor([u], dtype=torch.float64), block))
     total = sum(p)
     assert p[i] > 0 and sum(p[:i]) <= u * total + 1e-9 and u * total <= sum(p[:i + 1]) + 1e-9
 
@@ -257,7 +270,8 @@ def test_cut_by_tokens_has_every_row_once_within_the_budget(lengths, group, budg
     for b in range(len(lengths) // group):
         rows = list(range(b * group, (b + 1) * group))
         assert cost(rows) > budget or sum(set(rows) <= set(part) for part in found) == 1
-    longest = [max(prompt[i] + response[i] for i in range(rows[0] // group * group, (rows[0] // group + 1) * group)) for rows in found]
+    first = [rows[0] // group * group for rows in found]
+    longest = [max(prompt[i] + response[i] for i in range(start, start + group)) for start in first]
     assert longest == sorted(longest, reverse=True)
 
 
@@ -285,7 +299,7 @@ def test_no_step_is_spent_on_a_response_that_has_ended():
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("temperature", [1., .7])
 def test_every_family_samples_what_it_samples_with_its_own_cache(name, temperature, monkeypatch):
-    "The same draws, and log-probabilities of a plain forward pass; with long responses, so that places are emptied and room is made."
+    "The same draws, and log-probabilities of a plain forward pass; long responses, so that places are emptied."
     model = family(name)
     s = HFSampler(model, tokenizer, 36, temperature, top_k=3)
     a = s(PROMPTS, 8, seed=1)
@@ -330,13 +344,15 @@ def test_token_confidence_is_that_of_the_likeliest_tokens(name):
         n = int(r.mask[b, 0].sum())
         ids = torch.cat([torch.tensor(tokenizer(prompt).input_ids), r.response_ids[b, 0, :n]])
         with torch.no_grad(): p = model_of(name)(input_ids=ids[None]).logits[0, -n - 1:-1].log_softmax(-1)
-        torch.testing.assert_close(r.token_confidence[b, 0, :n], -p.sort(descending=True).values[:, :3].mean(-1), rtol=0, atol=1e-4)
+        likeliest = p.sort(descending=True).values[:, :3]
+        torch.testing.assert_close(r.token_confidence[b, 0, :n], -likeliest.mean(-1), rtol=0, atol=1e-4)
     assert (r.token_confidence[r.mask == 0] == 0).all() and sampler(name)(PROMPTS, 1).token_confidence is None
 
 
 def test_a_stop_string_ends_a_response_with_the_token_that_completes_it():
     free, r = (sampler(max_new_tokens=16, stop=stop)(PROMPTS, 32, seed=2) for stop in ([], ["-4", "0"]))
-    for whole, text, ids, mask, cut, all_cut in zip(sum(free.text, []), sum(r.text, []), r.response_ids.flatten(0, 1), r.mask.flatten(0, 1), r.truncated.flatten(), free.truncated.flatten()):
+    texts, flat = (sum(x.text, []) for x in (free, r)), (r.response_ids, r.mask, r.truncated, free.truncated)
+    for whole, text, ids, mask, cut, all_cut in zip(*texts, *(x.flatten(0, 1) for x in flat)):
         ends = [whole.index(s) + len(s) for s in ("-4", "0") if s in whole]
         assert text == whole[:min(ends)] if ends else text == whole
         assert cut == (all_cut and not ends) and (not ends or tokenizer.decode(ids[mask.sum() - 1]) == text[-1])
@@ -349,7 +365,9 @@ def test_mismatch_and_correction_by_hand():
     r = replace(r, response_ids=mask, mask=mask, logp=torch.tensor([[[-1., -2., -3.], [-1., 0., 0.]]]))
     own = torch.tensor([[[-1.1, -2., -2.], [-1.2, 0., 0.]]])
     found, d = mismatch(r, own), [-.1, 0., 1., -.2]
-    assert found == pytest.approx({"mismatch": 1.3 / 4, "mismatch_kl": sum(math.exp(x) - 1 - x for x in d) / 4, "mismatch_max": math.e, "mismatch_lpm": (.9 / 3 + .2) / 2}, abs=1e-6)
+    want = {"mismatch": 1.3 / 4, "mismatch_kl": sum(math.exp(x) - 1 - x for x in d) / 4, "mismatch_max": math.e,
+            "mismatch_lpm": (.9 / 3 + .2) / 2}
+    assert found == pytest.approx(want, abs=1e-6)
     c = corrected(r, own, cap=2.)
     torch.testing.assert_close(c.weight, torch.tensor([[[math.exp(-.1), 1., 2.], [math.exp(-.2), 0., 0.]]]))
     assert c.logp.equal(own) and c.old_logp.equal(own) and c.response_ids.equal(r.response_ids) and r.weight is None
@@ -410,7 +428,8 @@ def test_the_model_is_used_as_it_is_at_the_call():
     s = sampler("lora")
     on = s(PROMPTS, 4)
     with model.disable_adapter(): off = s(PROMPTS, 4)
-    with torch.no_grad(), model.disable_adapter(): torch.testing.assert_close(rollout_logps(model, off), off.logp, rtol=0, atol=1e-4)
+    with torch.no_grad(), model.disable_adapter(): plain = rollout_logps(model, off)
+    torch.testing.assert_close(plain, off.logp, rtol=0, atol=1e-4)
     assert on.text != off.text
 
 
@@ -422,15 +441,18 @@ def test_a_slice_is_the_rollouts_of_its_questions():
         assert len(s) == len(PROMPTS[part]) and s.temperature == r.temperature
         for f in fields(Rollouts):
             mine, all_ = getattr(s, f.name), getattr(r, f.name)
-            assert mine.equal(all_[part]) if isinstance(mine, torch.Tensor) else mine == (all_[part] if isinstance(mine, list) else all_)
-        for name in ("lpm", "ppl", "ref_ppl", "valid", "old_logp"): assert getattr(s, name).equal(getattr(r, name)[part])
+            want = all_[part] if isinstance(mine, (torch.Tensor, list)) else all_
+            assert mine.equal(want) if isinstance(mine, torch.Tensor) else mine == want
+        for name in ("lpm", "ppl", "ref_ppl", "valid", "old_logp"):
+            assert getattr(s, name).equal(getattr(r, name)[part])
 
 
 def test_reference_perplexity_is_that_of_the_reference_on_the_same_tokens():
     r = sampler("llama")(PROMPTS, 3)
     with torch.no_grad(): r = replace(r, ref_logp=rollout_logps(model_of("qwen2"), r))
     n = int(r.mask[1, 2].sum())
-    torch.testing.assert_close(r.ref_ppl[1, 2].log(), -own_logps(model_of("qwen2"), PROMPTS[1], r.response_ids[1, 2, :n]).mean(), rtol=1e-4, atol=1e-4)
+    own = own_logps(model_of("qwen2"), PROMPTS[1], r.response_ids[1, 2, :n])
+    torch.testing.assert_close(r.ref_ppl[1, 2].log(), -own.mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_an_empty_response_is_not_valid():
@@ -438,7 +460,8 @@ def test_an_empty_response_is_not_valid():
     mask = r.mask.clone()
     mask[1, 2] = 0
     r = replace(r, mask=mask)
-    assert r.valid.tolist() == [[True] * 3, [True, True, False], [True] * 3, [True] * 3] and r.lpm.isnan().equal(~r.valid)
+    assert r.valid.tolist() == [[True] * 3, [True, True, False], [True] * 3, [True] * 3]
+    assert r.lpm.isnan().equal(~r.valid)
     assert grade(r, [Problem(p, "") for p in PROMPTS], lambda text, answer: True).reward[1, 2] == 0
 
 
@@ -458,8 +481,10 @@ def test_grading_gives_each_response_to_the_verifier_with_its_own_answer():
 
 def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match=r'needs vLLM: pip install "capo-rl\[vllm\]"'): VLLMSampler("anywhere", tokenizer)
-    with pytest.raises(ValueError, match="lora_rank must be from 0 to 512; it is 513"): VLLMSampler("anywhere", tokenizer, lora_rank=513)
+    with pytest.raises(ImportError, match=r'needs vLLM: pip install "capo-rl\[vllm\]"'):
+        VLLMSampler("anywhere", tokenizer)
+    with pytest.raises(ValueError, match="lora_rank must be from 0 to 512; it is 513"):
+        VLLMSampler("anywhere", tokenizer, lora_rank=513)
 
 
 def test_a_share_of_the_questions_has_the_draws_of_the_whole():

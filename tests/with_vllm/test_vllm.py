@@ -1,4 +1,4 @@
-"vLLM against transformers: the same weights, the same numbers, with adapters and full weights swapped under a running engine."
+"vLLM against transformers: the same weights, the same numbers, with weights swapped under a running engine."
 from pathlib import Path
 
 import pytest
@@ -15,18 +15,20 @@ from capo.task import arithmetic_tokenizer
 tokenizer, EOS, PAD, V = arithmetic_tokenizer(), 1, 0, 16
 PROMPTS = ["1+1=", "2-9+3+3=", "7", "4+4+4+4+4="]
 ENGINE = dict(dtype="float32", enforce_eager=True, max_model_len=64, kv_cache_memory_bytes=2**26)
-pytestmark = pytest.mark.timeout(1800)                                            # an engine starts in a minute, or several on a busy machine
+pytestmark = pytest.mark.timeout(1800)         # an engine starts in a minute, or several on a busy machine
 
 
 def llama(seed=0):
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-                                        initializer_range=.15, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None)).eval()
+    size = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    tokens = dict(vocab_size=V, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None)
+    return LlamaForCausalLM(LlamaConfig(**size, **tokens, initializer_range=.15)).eval()
 
 
 def with_adapter(seed, rank=4):
     "The same base each time, another adapter."
-    model = get_peft_model(llama(), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(llama(), adapter).eval()
     torch.manual_seed(seed)
     for name, p in model.named_parameters():
         if "lora_" in name: p.data.normal_(std=.3)
@@ -70,16 +72,19 @@ def test_log_probs_follow_the_adapter(lora):
         assert r.text != base.text
         with torch.no_grad(), policy.disable_adapter(): assert mismatch(r, rollout_logps(policy, r))["mismatch"] > .1
         assert set(lora.llm.llm_engine.list_loras()) == {lora.adapter.lora_int_id}
-        assert [p.name for p in Path(lora.folder.name).iterdir()] == [str(lora.adapter.lora_int_id)]   # the old ones are gone
+        left = [p.name for p in Path(lora.folder.name).iterdir()]
+        assert left == [str(lora.adapter.lora_int_id)]                             # the old ones are gone
     assert lora.adapter.lora_int_id == 3
 
 
 def test_rollouts_are_put_together_as_by_the_other_sampler(lora):
     r, other = lora(PROMPTS, 16, seed=2), HFSampler(llama(), tokenizer, 12)(PROMPTS, 16, seed=2)
     assert r.prompt_ids.equal(other.prompt_ids) and r.prompt_mask.equal(other.prompt_mask)
-    assert [x.dtype for x in (r.response_ids, r.mask, r.logp, r.reward, r.truncated)] == [x.dtype for x in (other.response_ids, other.mask, other.logp, other.reward, other.truncated)]
+    kinds = lambda r: [x.dtype for x in (r.response_ids, r.mask, r.logp, r.reward, r.truncated)]
+    assert kinds(r) == kinds(other)
     assert 0 < r.truncated.float().mean() < 1 and r.valid.all() and r.tempered_logp is None
-    for ids, mask, cut, text in zip(r.response_ids.flatten(0, 1), r.mask.flatten(0, 1), r.truncated.flatten(), sum(r.text, [])):
+    flat = (x.flatten(0, 1) for x in (r.response_ids, r.mask, r.truncated))
+    for ids, mask, cut, text in zip(*flat, sum(r.text, [])):
         n = int(mask.sum())
         assert mask.tolist() == [1] * n + [0] * (len(mask) - n) and (ids[n:] == PAD).all()
         assert EOS not in ids[:n - 1].tolist() and (ids[n - 1] == EOS) == (not cut) and (n == 12 or not cut)
@@ -103,7 +108,8 @@ def test_stop_strings(lora):
     lora.stop = ["4", "-7"]
     try: r = lora(PROMPTS, 16, seed=2)
     finally: lora.stop = []
-    for whole, text, ids, mask, cut, all_cut in zip(sum(free.text, []), sum(r.text, []), r.response_ids.flatten(0, 1), r.mask.flatten(0, 1), r.truncated.flatten(), free.truncated.flatten()):
+    texts, flat = (sum(x.text, []) for x in (free, r)), (r.response_ids, r.mask, r.truncated, free.truncated)
+    for whole, text, ids, mask, cut, all_cut in zip(*texts, *(x.flatten(0, 1) for x in flat)):
         ends = [whole.index(s) + len(s) for s in ("4", "-7") if s in whole]
         assert text == (whole[:min(ends)] if ends else whole)
         assert cut == (all_cut and not ends) and (not ends or tokenizer.decode(ids[mask.sum() - 1]) == text[-1])
@@ -148,7 +154,8 @@ def test_another_temperature_and_full_weights(folder):
         second = engine(PROMPTS, 8, seed=1)
         same(second, other)
         assert first.text != second.text
-        with pytest.raises(ValueError, match="lora_rank is 0, but the policy has an adapter"): engine.sync(with_adapter(1))
+        with pytest.raises(ValueError, match="lora_rank is 0, but the policy has an adapter"):
+            engine.sync(with_adapter(1))
         during = {p.pid for p in psutil.Process().children(recursive=True)}
     gone = psutil.wait_procs([psutil.Process(p) for p in during - before if psutil.pid_exists(p)], timeout=60)[1]
     assert during > before and not [p for p in gone if p.name().startswith("VLLM")] and not Path(kept).exists()
