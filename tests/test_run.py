@@ -35,7 +35,7 @@ def test_what_is_not_given_fits_the_model():
 def test_a_failed_start_leaves_no_trace(tmp_path, monkeypatch):
     "The corrected command finds a new folder; one that was there is still there, and empty."
     (tmp_path / "there").mkdir()
-    def fails(*args): raise ValueError("no")
+    def fails(*args, **options): raise ValueError("no")
     monkeypatch.setattr("capo.train.experience", fails)
     for name in ("new", "there"):
         validated = config(validation="arithmetic", validation_size=2)
