@@ -33,6 +33,7 @@ SECONDS = {
     "25_sample.ipynb": 180,
     "29_keep.ipynb": 180,
     "30_recipe.ipynb": 180,
+    "31_baselines.ipynb": 60,
     "32_train.ipynb": 300,
     "33_run.ipynb": 300,
     "34_compare.ipynb": 300,
