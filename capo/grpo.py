@@ -103,7 +103,8 @@ def kl_penalty(
 ) -> Float[Tensor, ""]:
     """k3 estimate of KL(π ‖ π_ref): token mean inside a response, then mean over responses. (2402.03300, eq. 4.)
 
-    Log-ratios beyond ±20 are clamped. On samples of π its gradient is, on average, that of KL(π_ref ‖ π)."""
+    Log-ratios beyond ±20 are clamped. On samples of π a token's mean gradient is that of the token's KL(π_ref ‖ π),
+    at prefixes drawn from π and held fixed."""
     mask = mask.bool()
     d = (ref_logp.detach() - logp).where(mask, 0).clamp(-20, 20)
     return ((d.exp() - d - 1).sum(1) / mask.sum(1).clamp(min=1)).mean()

@@ -36,7 +36,7 @@ def _require_trl() -> str:
 _require_trl()
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402, after the sentence
 
-# %% ../nbs/50_trl.ipynb #52b48cc7
+# %% ../nbs/50_trl.ipynb #f5493cd0
 SIZES = {"paper": paper_size, "grpo": grpo_size}
 
 @dataclass
@@ -65,7 +65,7 @@ class CAPOConfig(GRPOConfig):
 
     def recipe(self, low: float, high: float) -> Recipe:
         "The method with these thresholds, as our own loop runs it."
-        return capo(self.tau, low, high, SIZES[self.advantage_size])
+        return capo(self.tau, low, high, SIZES[self.advantage_size], self.across)
 
     @property
     def masked(self) -> bool:

@@ -19,13 +19,14 @@ from .logprob import mean_logp, perplexity
 from .mask import noise_mask
 from .surrogate import logistic
 
-# %% ../nbs/51_verl.ipynb #a0d07e29
+# %% ../nbs/51_verl.ipynb #14020dcb
 @dataclass(frozen=True)
 class Options:
     "What `+algorithm.capo.NAME=…` sets on verl's command line."
     tau: float = 0.6           # of the logistic surrogate, nats per token; the paper: 0.6 for 1.5B, 0.5 for 7B
     ref_low: float = 1.05      # drop wrong responses below this reference perplexity; 1 drops none
     ref_high: float = 2.5      # drop right responses above this reference perplexity; inf drops none
+    across: float = 0.0        # share of the pairs taken across questions; the paper: 0
     correct_above: float = 0.5 # a response is right if its score exceeds this
 
     @property
@@ -43,7 +44,7 @@ def options_of(
         raise ValueError(f"algorithm.capo has no {', '.join(unknown)}; it has {', '.join(known)}")
     return Options(**{k: float(x) for k, x in given.items()})
 
-# %% ../nbs/51_verl.ipynb #e4455a8f
+# %% ../nbs/51_verl.ipynb #ede752f1
 NO_REFERENCE = (
     "CAPO's noise mask needs the reference's log-probabilities: set actor_rollout_ref.actor.use_kl_loss=True and "
     "actor_rollout_ref.actor.kl_loss_coef=0, or switch it off: +algorithm.capo.ref_low=1 +algorithm.capo.ref_high=inf")
@@ -60,7 +61,9 @@ def batch_advantages(
     lpm, valid = confidence(batch, mask), mask.bool().any(-1)
     scores = batch["token_level_scores" if "token_level_scores" in batch else "token_level_rewards"]
     correct = scores.sum(-1) > options.correct_above
-    advantage = flat_advantage(lpm.nan_to_num(), correct, list(uid), logistic(options.tau), valid)
+    pairs = lambda group: flat_advantage(lpm.nan_to_num(), correct, group, logistic(options.tau), valid)
+    advantage = (1 - options.across) * pairs(list(uid))
+    if options.across: advantage = advantage + options.across * pairs([0] * len(lpm)) / len(set(uid))
     if options.masked: advantage = advantage * trusted(batch, mask, correct, options)
     return advantage[:, None] * mask
 

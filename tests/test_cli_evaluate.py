@@ -240,7 +240,7 @@ def test_a_report_of_two_files(capsys):
 
 def test_a_report_of_a_file_with_flaws(capsys):
     recorded("a.jsonl", extra='{"id": 1}\nx\n')
-    assert "2 lines could not be used, and no number counts them" in complaint(capsys, "report", "a.jsonl", "--out", "new", code=1)
+    assert "2 lines could not be used, and nothing counts them" in complaint(capsys, "report", "a.jsonl", "--out", "new", code=1)
     assert "a.jsonl, line 16: it has neither correct nor reference" in Path("new/report.md").read_text()
     assert main(["report", "a.jsonl", "--skip-bad"]) == 0
     said = capsys.readouterr().out
@@ -256,7 +256,7 @@ def test_labels_of_plus_and_minus_one_lose_no_line(capsys):
 
 def test_a_log_is_converted(capsys):
     recorded("a.jsonl", extra="x\n")
-    assert "the first: a.jsonl, line 16: it is not JSON" in complaint(capsys, "convert", "a.jsonl", "b.jsonl.gz", code=1)
+    assert "1 lines could not be used" in complaint(capsys, "convert", "a.jsonl", "b.jsonl.gz", code=1)
     assert main(["convert", "a.jsonl", "b.jsonl.gz", "--skip-bad"]) == 0 and len(read_responses("b.jsonl.gz").text) == 15
 
 

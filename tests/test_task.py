@@ -1,15 +1,14 @@
-"The arithmetic world: its problems, its teachers, its tokenizer, its pages. And problems from elsewhere."
-import gzip, random, re, sys
+"The arithmetic world: its problems, its teachers, its tokenizer, its pages; and prompts as a model expects them."
+import random, re
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from capo.answer import math_verify
 from capo.task import (
-    DATASETS, FACTS, INSTRUCTION, Problem, Teacher, arithmetic, arithmetic_tokenizer, base_model, calibrated_teacher,
-    corpus_batch, last_integer, limit_threads, load_problems, pretrain, running_totals, systematic_teacher, tiny_lm,
-    verify, with_template)
+    FACTS, INSTRUCTION, Problem, Teacher, arithmetic, arithmetic_tokenizer, base_model, calibrated_teacher,
+    corpus_batch, last_integer, limit_threads, pretrain, prompts_for, running_totals, systematic_teacher,
+    template_options, tiny_lm, verify, with_template)
 
 terms = st.lists(st.tuples(st.sampled_from("+-"), st.integers(1, 9)), min_size=2, max_size=5)
 chains = terms.map(lambda x: "".join(f"{s}{d}" for s, d in x)[1:] + "=")
@@ -133,167 +132,15 @@ def test_the_shipped_model_is_often_wrong_and_knows_it():
     assert numbers["truncated"] < .02
 
 
-# Problems from elsewhere
-
-# A row of each known set: the columns that it has on the hub, and an answer of 7 as they write it.
-ROWS = {
-    "deepscaler": {"problem": "?", "answer": "7", "solution": "It is 8."},
-    "gsm8k": {"question": "?", "answer": "<<8-1=7>>7 of 8 are left.\n#### 7"},
-    "math500": {"problem": "?", "solution": r"\boxed{7}", "answer": "7", "subject": "Algebra", "level": 1,
-                "unique_id": "a"},
-    "aime24": {"id": 60, "problem": "?", "solution": "", "answer": "007", "url": "", "year": "2024"},
-    "aime25": {"problem": "?", "answer": "7", "id": "0"},
-    "amc23": {"id": 0, "question": "?", "answer": "7.0", "url": ""},
-    "minerva": {"question": "?", "answer": "7"},
-    "olympiadbench": {"id": 1, "question": "?", "solution": ["..."], "final_answer": ["$7$"], "context": None},
-}
-CALLS = {
-    "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", None, "train"), "gsm8k": ("openai/gsm8k", "main", "test"),
-    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train"), "aime25": ("math-ai/aime25", None, "test"),
-    "amc23": ("math-ai/amc23", None, "test"),
-    "minerva": ("math-ai/minervamath", None, "test"),
-    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
-}
-
-
-@pytest.fixture(autouse=True)
-def in_a_new_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    "A hub whose sets have one row; it keeps what it was asked for."
-    import datasets
-    rows, calls = {CALLS[k][0]: v for k, v in ROWS.items()}, []
-    def load_dataset(path, name=None, split=None):
-        calls.append((path, name, split))
-        return datasets.Dataset.from_list([rows[path]])
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return calls
-
-
-def write(name, rows):
-    "A file of rows in the format that its name says."
-    import datasets
-    data = datasets.Dataset.from_list(rows)
-    with (gzip.open if name.endswith(".gz") else open)(name, "wb") as f:
-        {"json": data.to_json, "jsonl": data.to_json, "csv": data.to_csv,
-         "parquet": data.to_parquet}[name.split(".")[1]](f)
-    return name
-
-
-@pytest.mark.parametrize("name", DATASETS)
-def test_known_sets_are_asked_for_and_read(hub, name):
-    by_name, by_path = load_problems(name), load_problems(CALLS[name][0])
-    assert hub == [CALLS[name]] * 2 and by_name == by_path and by_name[0].prompt == "?"
-    assert math_verify(r"It is \boxed{7}.", by_name[0].answer) and not math_verify("8", by_name[0].answer)
-    load_problems(name, split="validation", subset="other")
-    assert hub[-1] == (CALLS[name][0], "other", "validation")
-
-
-@pytest.mark.parametrize("name", DATASETS)
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet"])
-def test_a_local_copy_is_read_like_the_set(name, kind):
-    problem, = load_problems(write(f"copy.{kind}", [ROWS[name]]), like=name)
-    assert problem.prompt == "?" and math_verify("7", problem.answer)
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "json.gz", "csv", "csv.gz", "parquet"])
-@pytest.mark.parametrize("column", ["prompt", "problem", "question"])
-def test_a_file_of_ones_own(kind, column):
-    rows = [{column: f"{i}+1", "answer": i + 1, "other": None} for i in range(5)]
-    name = write(f"own.{kind}", rows)
-    assert load_problems(name) == [Problem(f"{i}+1", str(i + 1)) for i in range(5)]
-    assert load_problems(name, n=2) == load_problems(name)[:2] == load_problems(name, n=9)[:2]
-
-
-def test_columns_can_be_named():
-    name = write("own.jsonl", [{"problem": "a", "q": "b", "answer": "1", "a": 2.5}])
-    assert load_problems(name) == [Problem("a", "1")]
-    assert load_problems(name, prompt="q", answer="a") == [Problem("b", "2.5")]
-
-
-BAD = {
-    '{"problem": "a"}': "has no column 'answer', it has problem: name the right one by answer=",
-    '{"task": "a", "answer": 1}': "has no column 'prompt', it has task, answer: name the right one by prompt=",
-    '{"problem": "a", "answer": 1}\n{"problem": " ", "answer": 1}':
-        "row 2: column 'problem' must be a text that is not empty; it is ' '",
-    '{"problem": "a", "answer": 1}\n{"answer": 1}':
-        "row 2: column 'problem' must be a text that is not empty; it is None",
-    '{"problem": "a", "answer": "x"}\n{"problem": "b"}':
-        "row 2: column 'answer' must hold an answer, a text or a number; it is None",
-    '{"problem": "a", "answer": ""}': "row 1: column 'answer' must hold",
-    '{"problem": "a", "answer": true}': "row 1: column 'answer' must hold",
-    '{"problem": "a", "answer": ["1"]}': "row 1: column 'answer' must hold",
-    '{"problem": "a", "answer": 1}\n{"problem"': "cannot be read as json", "": "cannot be read as json: it is empty",
-    "[]": "cannot be read as json",
-}
-
-
-@pytest.mark.parametrize("text", BAD)
-def test_bad_files_get_a_sentence(text, tmp_path):
-    (tmp_path / "bad.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=r"^bad\.jsonl") as e: load_problems("bad.jsonl")
-    assert BAD[text] in str(e.value) and "\n" not in str(e.value)
-
-
-def test_bad_rows_can_be_left_out_and_are_counted():
-    row = lambda question, answer: [{"question": question, "answer": answer}]
-    good, bad = row("a", "#### 1"), row("c", "none")
-    name = write("bad.jsonl", row("a", "#### 1,000") + row("", "#### 1") + bad)
-    with pytest.warns(UserWarning, match="2 of 3 rows were left out; the first: bad.jsonl, row 2: column 'question'"):
-        assert load_problems(name, like="gsm8k", skip=True) == [Problem("a", "1000")]
-    with pytest.raises(ValueError, match="row 3: column 'answer' .* that after_hashes can read; it is 'none'"):
-        load_problems(write("bad.jsonl", good * 2 + bad), like="gsm8k")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="holds no problems"):
-        load_problems(write("bad.jsonl", bad), like="gsm8k", skip=True)
-
-
-@pytest.mark.parametrize("args, error, message", [
-    (dict(source="math50"), ValueError, "no file or set of problems 'math50'; the nearest is 'math500'"),
-    (dict(source="no.csv"), FileNotFoundError, "there is no file no.csv"),
-    (dict(source="gsm8k", n=0), ValueError, "n must be at least 1; it is 0"),
-    (dict(source="gsm8k", min_terms=2), TypeError, "only generated tasks take min_terms"),
-    (dict(source="x.csv", like="gsm8"), ValueError, "the nearest is 'gsm8k'"),
-    (dict(source="gym:chain_sun"), ValueError, "the nearest is 'chain_sum'"),
-    (dict(source="gym:chain_sum", terms=2), ValueError,
-     "does not take {'terms': 2}.*its options are min_terms, max_terms"),
-    (dict(source="gym:chain_sum", min_terms=0), ValueError, "does not take {'min_terms': 0}"),
-])
-def test_bad_arguments_get_a_sentence(args, error, message):
-    with pytest.raises(error, match=message): load_problems(**args)
-
-
-def test_a_hub_out_of_reach_is_said_with_the_way_round(monkeypatch):
-    def load_dataset(*args, **kwargs): raise OSError("no route\nto it")
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(ConnectionError, match="gsm8k cannot be loaded from the hub: no route to it; a local copy"):
-        load_problems("gsm8k")
-    with pytest.raises(ConnectionError, match="some/set cannot"): load_problems("some/set")
-
-
-def test_generated_problems_come_by_seed():
-    a, b = (load_problems("gym:chain_sum", n=20, seed=s, min_terms=2, max_terms=3, max_digits=1) for s in (0, 1))
-    assert a == load_problems("gym:chain_sum", n=20, min_terms=2, max_terms=3, max_digits=1) != b and len(b) == 20
-    assert all(eval(re.search(r"[-+ \d]+ =", p.prompt)[0][:-1]) == int(p.answer) for p in a + b)
-
-
-def test_without_reasoning_gym_the_install_line_is_given(monkeypatch):
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'capo-rl\[tasks\]'"): load_problems("gym:chain_sum")
-
-
 class Chat:
     "What with_template needs of a tokenizer."
     chat_template, bos_token, bos_token_id = "yes", "<s>", 1
     def __init__(self, adds_bos): self.adds_bos = adds_bos
     def __call__(self, text): return type("Batch", (), {"input_ids": [1] if self.adds_bos else []})
-    def apply_chat_template(self, chat, tokenize, add_generation_prompt):
+    def apply_chat_template(self, chat, tokenize, add_generation_prompt, yes=False):
         assert not tokenize and add_generation_prompt
-        return "<s>" + "".join(f"[{m['role']}]{m['content']}" for m in chat) + "[assistant]"
+        return "<s>" + "".join(f"[{m['role']}]{m['content']}" for m in chat) + "[assistant]" + "!" * yes
+    def __len__(self): return 100
 
 
 def test_templates():
@@ -315,3 +162,23 @@ def test_small_models_get_one_thread():
         with torch.device("meta"): assert limit_threads(torch.nn.Linear(4096, 4096)) == 2
         assert limit_threads(tiny_lm()) == torch.get_num_threads() == 1
     finally: torch.set_num_threads(before)
+
+
+def test_options_of_a_template_reach_it_or_are_refused():
+    problem = [Problem("1+1?", "2")]
+    assert with_template(problem, Chat(False), yes=True)[0].prompt.endswith("[assistant]!")
+    assert prompts_for(problem, Chat(False), options="yes=true") == with_template(problem, Chat(False), yes=True)
+    for options, tokenizer in (("no=1", Chat(False)), ("yes=1", None)):
+        with pytest.raises(ValueError, match="the chat template takes no"):
+            with_template(problem, tokenizer, **template_options(options))
+    with pytest.raises(ValueError, match="NAME=VALUE"): prompts_for(problem, Chat(False), options="yes")
+
+
+@given(st.dictionaries(st.from_regex("[a-z_]{1,8}", fullmatch=True), st.booleans() | st.integers()))
+def test_options_of_a_template_are_read_as_typed(options):
+    assert template_options(", ".join(f"{k}={v}" for k, v in options.items())) == options
+
+
+def test_a_question_that_asks_for_a_box_is_not_told_twice():
+    asked = [Problem(r"What is a half? Answer in \boxed{}.", "0.5")]
+    assert with_template(asked) == asked

@@ -71,4 +71,10 @@ FALSE = [
               find="test_close(dapo, pairs(lengths, lengths)",
               replace="test_close(dapo, pairs(one, one) * lengths.mean()",
               caught="test_close(dapo, pairs"),
+    Falsified("k3 of a token pulls along the token's KL(π ‖ π_ref)",
+              find="((lp + d).exp() * d).sum(-1, keepdim=True)", replace="(-lp.exp() * d).sum(-1, keepdim=True)",
+              caught="test_close(of_k3s"),
+    Falsified("k3 summed over tokens pulls along the KL of whole responses",
+              find="test_close(of_k3s, of_next, 1e-12)", replace="test_close(of_k3s, of_whole, 1e-12)",
+              caught="test_close(of_k3s"),
 ]
