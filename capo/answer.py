@@ -35,7 +35,7 @@ def boxed(
         begin = macro
     return ", ".join(parts) if parts else None
 
-# %% ../nbs/10_answer.ipynb #d7eebdb9
+# %% ../nbs/10_answer.ipynb #828e5f2a
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}    # powers of ten
 DIGITS = r"""(?: \d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)      # 1,234.5
     | \d{1,3}(?:\.\d{3}){2,}(?!\d)                       # 1.234.567
@@ -54,7 +54,7 @@ FORMULA = re.compile(rf"""
   | \$\$([^$]{{1,1000}})\$\$ | \\\(([^$]{{0,1000}}?)\\\) | \\\[([^$]{{0,1000}}?)\\\]
   | (?:(?<![\w)}}\]])[-−–+±])? {ATOM}                    # or what looks like a formula
     (?: {ATOM} | (?:\*\*(?=\w)|[-−–+*/=<>≤≥≈×·÷±])[ ]? | [ ][-−–+*/=<>≤≥≈×·÷±][ ] )*""", re.X)
-LABEL = re.compile(r"\b(?:step|part|case|equation|eq\.|figure|question|problem|line|page|section)\s*[(#]*$", re.I)
+LABEL = re.compile(r"\b(?:step|part|case|equation|confidence:?|figure|question|problem|line|page)\s*[(#]*$", re.I)
 def _formulas(text: str) -> list[re.Match]:
     "What in a text may be an answer: formulas with a digit or a command, but no labels such as `step 3`."
     return [m for m in FORMULA.finditer(text) if re.search(r"\d|\\(?!box|text|end)[a-z]|[√π∞¼-¾⅐-⅞]", m[0])
@@ -73,7 +73,7 @@ def _cleaned(m: re.Match) -> str:
     equation = re.search(r"[a-zA-Z].*[-+*/^]|[-+*/^].*[a-zA-Z]|[<>!]$", before)
     return (formula if equation else after).strip(" *=<>")
 
-# %% ../nbs/10_answer.ipynb #2bd734bf
+# %% ../nbs/10_answer.ipynb #4ed7e31a
 CLAIM = re.compile(r"""
     (?: \b(?:answer|(?:correct|right)\s(?:option|choice))\b [^.:=\n]{0,30}? (?:\bis\b|\bare\b|[:=])   # the answer is
       | \#{4} )                                                                                     # of GSM8K
@@ -95,17 +95,17 @@ def extract_answer(
     fallback: bool = True, # take what is stated, if nothing is boxed
 ) -> str | None:
     "The answer in a response, after its `</think>`: boxed, else between `<answer>` tags, else stated; or boxed before."
-    reply = text.rpartition("</think>")[2]
+    reply = text.rpartition("</think>")[2].partition("<confidence>")[0]
     tagged = reply.rpartition("</answer>")[0].rpartition("<answer>")[2].strip()
     if re.search(r"(?<![\\a-zA-Z])[A-Za-z]{2,} .*\d", tagged): tagged = ""                     # a sentence
     told = (tagged if 0 < len(tagged) < 200 else stated(reply)) if fallback else None
     return boxed(reply) or told or boxed(text) or None
 
-# %% ../nbs/10_answer.ipynb #6257754c
+# %% ../nbs/10_answer.ipynb #4fee5d53
 LONGEST = 1000                                           # characters; a longer answer equals only itself
 UNICODE = str.maketrans({
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""), **dict.fromkeys("−–—‐‑", "-"),    # without width; dashes
-    **dict.fromkeys("\u00a0\u202f\u2007\u2009\u200a", r"\ "), **{chr(c): chr(c - 0xfee0) for c in range(0xff01, 0xff5f)},
+    **dict.fromkeys("\u00a0\u202f\u2007\u2009\u200a", r"\ "), **{chr(c + 0xfee0): chr(c) for c in range(33, 127)},
     **{c: rf"\{n} " for c, n in zip("≤≥≠∞×·±∓∪∩≈", "le ge ne infty times cdot pm mp cup cap approx".split())},
     "∅": r"\emptyset ", "⋅": r"\cdot ", "÷": "/", "ℝ": r"\mathbb{R}"})
 def _as_tex(text: str) -> str:
