@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 import capo as _capo
+from .baselines import METHODS, dr_grpo
 from .calibration import auc_mean, group_auc, pair_auc, pooled_auc
 from .evaluate import Table, accuracy, bootstrap, evaluate
 from .folder import CSVLog, new_folder
@@ -28,7 +29,7 @@ from .logprob import mean_logp
 from .recipe import Recipe, capo, grpo, grpo_size
 from .responses import response_rows, write_responses
 from .rollout import HFSampler, Rollouts, rollout, rollout_logps
-from .run import saving_bad_step
+from .keep import saving_bad_step
 from .task import Problem, arithmetic, arithmetic_tokenizer, calibrated_teacher, last_integer, limit_threads
 from .task import pretrain, tiny_lm, verify
 from .train import TrainConfig, train
@@ -42,10 +43,14 @@ def arms(
     ref_low: float = REF_LOW,    # noise mask: a wrong response below is dropped
     ref_high: float = REF_HIGH,  # noise mask: a right response above is dropped
 ) -> dict[str, Callable[[], Recipe]]:
-    "The four arms of the comparison, by name. CAPO's advantages have GRPO's size; all arms share one learning rate."
+    "The arms, by name: four, and the rivals. CAPO's advantages have GRPO's size; all arms share one learning rate."
+    rivals = {name: make for name, make in METHODS.items() if name not in ("grpo", "capo")}
     return {"grpo": grpo, "capo": partial(capo, tau, ref_low, ref_high, grpo_size),
             "grpo-mask": partial(grpo, True, ref_low, ref_high),
-            "capo-nomask": partial(capo, tau, 1, math.inf, grpo_size)}
+            "capo-nomask": partial(capo, tau, 1, math.inf, grpo_size),
+            "grpo-across": partial(grpo, True, 1, math.inf, .5),
+            "capo-across": partial(capo, tau, ref_low, ref_high, grpo_size, .5)} | rivals | {
+            "dr_grpo": partial(dr_grpo, 16)}                        # a sum over 16 tokens at most, not over 3000
 
 # %% ../nbs/34_compare.ipynb #727c48e2
 def held_out_questions(n: int = 256) -> list[Problem]:
