@@ -6,7 +6,8 @@
 __all__ = ['Run', 'LORA_LR', 'FULL_LR', 'IDENTITY', 'EVALUATE', 'COMMANDS', 'typed_fields', 'new_name', 'run_demo', 'run_base',
            'run_train', 'sampler_for', 'check_evaluate', 'identity', 'sample_all', 'run_evaluate', 'named_columns',
            'accept', 'run_report', 'run_convert', 'Help', 'command', 'comments', 'add_fields', 'add_demo', 'add_base',
-           'add_train', 'add_evaluate', 'add_log_options', 'add_report', 'add_convert', 'parser', 'main']
+           'add_train', 'run_plot', 'add_plot', 'add_evaluate', 'add_log_options', 'add_report', 'add_convert',
+           'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #706aff1b
 import argparse, hashlib, inspect, json, math, platform, re, shlex, sys, time, typing
@@ -19,7 +20,7 @@ import torch
 import capo as _capo
 from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, final_numbers, make_base
 from .data import DATASETS, DataOptions
-from .folder import Broken, fingerprint, new_folder, notice, read_settings, same_run, settings
+from .folder import Broken, fingerprint, new_folder, notice, plot_runs, read_settings, same_run, settings
 from .logs import FORMATS
 from .processes import processes
 from .report import report
@@ -31,7 +32,7 @@ from .task import Problem, limit_threads, load_model, load_tokenizer, prompts_fo
 from .train import TrainConfig
 
 # %% ../nbs/60_cli.ipynb #3c045826
-Run = Callable[[argparse.Namespace, str], None] # options and the command as typed
+Run = Callable[[argparse.Namespace, str], int | None] # options and the command as typed → exit status, if not 0
 
 def typed_fields(
     a: argparse.Namespace, # options
@@ -69,14 +70,16 @@ def run_base(a: argparse.Namespace, command: str) -> None:
     print("The base model is in", make_base(a.seed, str(new_folder(a.out)), a.steps))
 
 # %% ../nbs/60_cli.ipynb #58c2e4f6
-def run_train(a: argparse.Namespace, command: str) -> None:
-    "Trains by a file and options, or goes on with a run; prints where it is and how to load the result."
+def run_train(a: argparse.Namespace, command: str) -> int:
+    """Trains by a file and options, or goes on with a run; prints where it is and how to load the result.
+
+    The exit status is 128 and the number of the signal that stopped the run, as shells have it; else 0."""
     if a.resume and (a.config or a.out):
         raise ValueError("--resume takes everything from the run's folder; leave out --config and --out")
     before = saved_settings(a.resume) if a.resume else read_settings(a.config) if a.config else {}
     config, out = settings(RunConfig, before | typed_fields(a, RunConfig)), a.resume or a.out or new_name("train")
     result = run(config, out, bool(a.resume), a.accept_changes)
-    if processes()[0]: return
+    if processes()[0]: return 0
     if result.stopped:
         again = f"capo train --resume {shlex.quote(str(out))}"
         print(f"\nStopped after step {result.step} of {config.steps}. Go on by:\n\n{again}")
@@ -84,6 +87,7 @@ def run_train(a: argparse.Namespace, command: str) -> None:
         policy = result.checkpoint / "policy"
         print(f"\n{result.step} steps done; see {out}/log.csv. The trained model is in {policy}. To load it:\n")
         print(loading(config, policy))
+    return 128 + result.stopped if result.stopped else 0
 
 # %% ../nbs/60_cli.ipynb #0a9182ae
 def sampler_for(a: argparse.Namespace, tokenizer: Any) -> Any:
@@ -264,6 +268,17 @@ def add_train(commands: Any) -> None:
                    help="with --resume: go on although data, model or settings changed")
     add_fields(t.add_argument_group("settings"), RunConfig)
 
+# %% ../nbs/60_cli.ipynb #e1c0f002
+def run_plot(a: argparse.Namespace, command: str) -> None:
+    "Draws the logs of runs over one another, as a PNG and an HTML file."
+    print("See", " and ".join(map(str, plot_runs(a.runs, a.out))))
+
+def add_plot(commands: Any) -> None:
+    "The options of `capo plot`."
+    p = command(commands, "plot", run_plot, "draw the logs of runs over one another")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    p.add_argument("--out", default="runs.png", help="the picture; a page of the same name goes beside it")
+
 # %% ../nbs/60_cli.ipynb #9d362e89
 EVALUATE = """sample a model's responses, grade them, and report how far to trust it;
 a run that was stopped goes on with the same command and --out"""
@@ -325,7 +340,7 @@ def add_convert(commands: Any) -> None:
     add_log_options(c)
 
 # %% ../nbs/60_cli.ipynb #1dd4a05a
-COMMANDS = (add_demo, add_train, add_evaluate, add_report, add_convert, add_base)
+COMMANDS = (add_demo, add_train, add_plot, add_evaluate, add_report, add_convert, add_base)
 
 def parser() -> argparse.ArgumentParser:
     "Every command with its options."
@@ -339,15 +354,16 @@ def parser() -> argparse.ArgumentParser:
 def main(
     argv: Sequence[str] | None = None, # without the program's name; None: those of the process
 ) -> int:
-    "The `capo` command: 0 when done, 2 with one sentence on bad input, 1 if training broke, 130 if it was interrupted."
+    "The `capo` command: 0 when done, 2 on bad input, 1 if training broke, 130 if interrupted, 128 + n after signal n."
     argv = list(sys.argv[1:] if argv is None else argv)
     a, command = parser().parse_args(argv), shlex.join(["capo", *argv])
     try:
-        a.run(a, command)
+        return a.run(a, command) or 0
     except (ValueError, OSError, ImportError, Broken) as e:
         print(f"capo: {e}", file=sys.stderr)
         return 1 if isinstance(e, Broken) else 2
     except KeyboardInterrupt:
         print("\ncapo: interrupted; the logs so far are in the output folder", file=sys.stderr)
         return 130
-    return 0
+
+if __name__ == "__main__" and globals().get("__spec__"): sys.exit(main()) # python -m capo.cli, not a notebook

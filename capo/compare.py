@@ -29,7 +29,7 @@ from .logprob import mean_logp
 from .recipe import Recipe, capo, grpo, grpo_size
 from .responses import response_rows, write_responses
 from .rollout import HFSampler, Rollouts, rollout, rollout_logps
-from .run import saving_bad_step
+from .keep import saving_bad_step
 from .task import Problem, arithmetic, arithmetic_tokenizer, calibrated_teacher, last_integer, limit_threads
 from .task import pretrain, tiny_lm, verify
 from .train import TrainConfig, train

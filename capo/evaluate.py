@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from .calibration import auc_mean, check_groups, pair_auc, pooled_auc
-from .interval import Estimate, Statistic, bootstrap as bootstrap, by_question, correlation, influence, interval, mean_of
-from .interval import mean_over, ranked, resamples as resamples, weighted_area, weighted_auc, weighted_ece, weighted_prr
+from .interval import Estimate, Statistic, by_question, correlation, influence, interval, mean_of, mean_over
+from .interval import bootstrap as bootstrap, resamples as resamples
+from .interval import ranked, weighted_area, weighted_auc, weighted_ece, weighted_prr
 from .responses import Responses, same_hash
 from .responses import read_responses as read_responses, write_responses as write_responses
 from .rollout import Rollouts
@@ -87,19 +88,20 @@ def padded(
     there = place < size[:, None]
     rows = first[:, None] + place.where(there, 0)
     valid = there & r.score.isfinite()[rows]
-    column = lambda x, absent: None if x is None else x[rows].where(there, absent)
+    column = lambda x, absent: x[rows].where(there, absent)
+    known = lambda x, absent: None if x is None else column(x, absent)
     texts = [r.text[i:i + n] for i, n in zip(first.tolist(), size.tolist())]
     return Groups(r.prompt, texts, column(r.group, -1), column(r.same_text, -1), column(r.correct, False),
-                  r.score[rows].where(valid, 0), there, valid, column(r.length, 0), column(r.truncated, False))
+                  r.score[rows].where(valid, 0), there, valid, known(r.length, 0), known(r.truncated, False))
 
 # %% ../nbs/23_evaluate.ipynb #c6533693
 def evaluate(
     responses: Rollouts | Responses, # graded
 ) -> dict[str, float]:
-    """Accuracy, AUC-mean and the number of mixed questions it is over, pair AUC, pooled AUC, accuracy of the most confident,
-    mean lpm, entropy (nats per token), mean length (tokens), share truncated; nan for what is unknown. Empty responses are wrong."""
+    """Accuracy, AUC-mean and the mixed questions it is over, pair AUC, pooled AUC, the most confident's accuracy, mean
+    lpm, entropy (nats per token), mean length (tokens), share truncated; nan for the unknown. Empty ones are wrong."""
     rollouts = isinstance(responses, Rollouts)
-    r: Any = responses if rollouts else padded(responses)
+    r: Any = padded(responses) if isinstance(responses, Responses) else responses
     keep, there = r.valid, torch.ones_like(r.valid) if rollouts else r.there
     correct, unknown = (r.reward if rollouts else r.correct).bool() & keep, torch.full_like(r.lpm, math.nan)
     length = r.mask.sum(-1).double() if rollouts else unknown if r.length is None else r.length
@@ -107,15 +109,17 @@ def evaluate(
     return {"accuracy": accuracy(correct, there).nanmean().item(), "auc_mean": mean, "mixed_questions": mixed,
             "pair_auc": pair_auc(r.lpm, correct, keep), "pooled_auc": pooled_auc(r.lpm, correct, keep),
             "most_confident": most_confident(r.lpm, correct, keep).nanmean().item(), "lpm": r.lpm[keep].mean().item(),
-            "entropy": -((r.lpm * length)[keep].sum() / length[keep].sum()).item(), "length": length[keep].mean().item(),
+            "entropy": -((r.lpm * length)[keep].sum() / length[keep].sum()).item(),
+            "length": length[keep].mean().item(),
             "truncated": math.nan if r.truncated is None else r.truncated[keep].double().mean().item()}
 
 # %% ../nbs/23_evaluate.ipynb #b821e772
 NUMBERS = {
     "accuracy": "accuracy, mean of n", "pass_at_n": "any of n is right, pass@n", "majority": "majority of n",
     "most_confident": "most confident of n", "perplexity_consistency": "Perplexity Consistency of n", "rpc": "RPC of n",
-    "deepconf": "DeepConf of n", "auc_mean": "AUC-mean", "pooled_auc": "AUC, pooled", "brevity_auc": "AUC-mean of brevity alone",
-    "brevity_pooled": "AUC of brevity alone, pooled", "coverage_area": "precision–coverage area", "prr": "PRR",
+    "deepconf": "DeepConf of n", "auc_mean": "AUC-mean", "pooled_auc": "AUC, pooled",
+    "brevity_auc": "AUC-mean of brevity alone", "brevity_pooled": "AUC of brevity alone, pooled",
+    "coverage_area": "precision–coverage area", "prr": "PRR",
     "coverage": "coverage at the threshold", "precision": "precision at the threshold", "ece": "ECE, ten bins",
     "brier": "Brier score", "lpm": "lpm, nats a token", "length": "tokens a response",
     "length_correlation": "correlation of length and confidence", "truncated": "truncated"}
@@ -135,7 +139,7 @@ def unless(*reasons: tuple[bool, str]) -> Missing | None:
 def blocks(
     question: Int[Tensor, "N"], # of each row, sorted
     cells: int = 1 << 20,       # of a block, unless one question has more
-) -> Iterator[tuple[Int[Tensor, "b"], Int[Tensor, "b G"], Bool[Tensor, "b G"]]]:
+) -> Iterator[tuple[Int[Tensor, "n"], Int[Tensor, "n G"], Bool[Tensor, "n G"]]]:
     "Questions of like size, their rows, and which of these are there; absent ones repeat a question's first row."
     size = torch.bincount(question)
     first, magnitude = size.cumsum(0) - size, size.double().log2().ceil().long()
@@ -179,9 +183,10 @@ def auc_of_each(
     B: int,                       # questions
 ) -> Float[Tensor, "B"]:
     "AUC of each question, ties ½, in O(N log N); nan where all are right or all wrong. (Mann and Whitney 1947.)"
-    _, value = score.unique(return_inverse=True)
-    key, tie, size = (question * (value.max() + 1) + value).unique(return_inverse=True, return_counts=True) if len(score) else (score,) * 3
-    middle = (size.cumsum(0) - (size - 1) / 2)[tie] if len(score) else score     # mean rank of a tie, over all questions
+    value = score.unique(return_inverse=True)[1]
+    place = question * (1 + len(score)) + value                     # sorted by question, then by score
+    _, tie, size = place.unique(return_inverse=True, return_counts=True)
+    middle = (size.cumsum(0) - (size - 1) / 2)[tie]                 # mean rank of a tie, over all questions
     n, right = by_question(torch.ones_like(score), question, B), by_question(correct, question, B)
     before = n.cumsum(0) - n
     ranks = by_question((middle - before[question]) * correct, question, B)
@@ -209,7 +214,9 @@ def answer_numbers(r: Responses) -> dict[str, Number]:
         "deepconf": silent or unless((not sure.any(), "the responses come without token_confidence")) or of(
             deepconf, r.group, deep, c, valid=sure)}
 
-def perplexity_of_texts(answer, lpm, correct, text, there): return perplexity_consistency(answer, lpm, correct, there, text)
+def perplexity_of_texts(answer, lpm, correct, text, there):
+    return perplexity_consistency(answer, lpm, correct, there, text)
+
 def rpc_of_texts(answer, lpm, correct, text, there): return rpc(answer, lpm, correct, there, text)
 
 def order_numbers(r: Responses) -> dict[str, Number]:
@@ -217,11 +224,12 @@ def order_numbers(r: Responses) -> dict[str, Number]:
     keep = r.score.isfinite()
     s, c, q, B = r.score[keep], r.correct[keep], r.question[keep], len(r)
     points = ranked(s, c, q)
-    flat = unless((not keep.any(), "the responses come without a confidence"), (bool(c.all()), "all responses are right"),
-                  (not c.any(), "all responses are wrong"))
+    flat = unless((not keep.any(), "the responses come without a confidence"),
+                  (bool(c.all()), "all responses are right"), (not c.any(), "all responses are wrong"))
     alone = unless((int(r.size.max()) == 1, "one response a question")) or flat
     here = keep & r.length.isfinite() if r.length is not None else keep & False
-    short, unknown = -r.length[here] if r.length is not None else s, unless((not here.any(), "the responses come without their length"))
+    short = -r.length[here] if r.length is not None else s
+    unknown = unless((not here.any(), "the responses come without their length"))
     return {
         "auc_mean": alone or mean_of(auc_of_each(s, c, q, B)), "pooled_auc": flat or weighted_auc(points),
         "brevity_auc": alone or unknown or mean_of(auc_of_each(short, r.correct[here], r.question[here], B)),
@@ -255,10 +263,12 @@ def confidence_numbers(r: Responses) -> dict[str, Number]:
     both = here & keep
     return {
         "ece": rank or weighted_ece(p, c, q, B), "brier": rank or mean_over((p - c.double()) ** 2, s == s, q, B),
-        "lpm": Missing("the responses come without lpm") if lpm is None else mean_over(lpm, lpm.isfinite(), r.question, B, False),
+        "lpm": Missing("the responses come without lpm") if lpm is None else
+            mean_over(lpm, lpm.isfinite(), r.question, B, False),
         "length": unknown or mean_over(length, here, r.question, B, False),
         "length_correlation": blind or unknown or correlation(length[both], r.score[both], r.question[both], B),
-        "truncated": Missing("the responses come without it") if cut is None else mean_over(cut, cut | ~cut, r.question, B)}
+        "truncated": Missing("the responses come without it") if cut is None else
+            mean_over(cut, cut | ~cut, r.question, B)}
 
 def statistics(
     r: Responses,            # graded
@@ -301,7 +311,8 @@ def counts(r: Responses) -> dict[str, int]:
     "How many questions and responses there are, of which kind, and what could not be used."
     n, right = r.size, by_question(r.correct, r.question, len(r))
     return {"questions": len(r), "responses": len(r.text), "fewest": int(n.min()), "most": int(n.max()),
-            "mixed": int(((right > 0) & (right < n)).sum()), "all right": int((right == n).sum()), "all wrong": int((right == 0).sum()),
+            "mixed": int(((right > 0) & (right < n)).sum()),
+            "all right": int((right == n).sum()), "all wrong": int((right == 0).sum()),
             "without answer": int((r.group < 0).sum()), "without confidence": int((~r.score.isfinite()).sum()),
             "empty": r.empty, "unverifiable": r.unverifiable, "refused lines": r.refused}
 
@@ -336,12 +347,13 @@ def shared_questions(
     one: Responses,
     other: Responses,
 ) -> tuple[list[tuple[int, int]], int]:
-    "Places of the questions that both ask, and how many more have the same id and are not the same; `ValueError` if most are not."
+    "Places of the questions that both ask, and how many share an id only; `ValueError` if most do."
     place = {q: j for j, q in enumerate(other.id)}
     named = [(i, place[q]) for i, q in enumerate(one.id) if q in place]
     if not named: raise ValueError("the two sets of responses share no question id")
     same = [(i, j) for i, j in named if agree(one, i, other, j)]
-    if 2 * len(same) < len(named): raise ValueError(f"of {len(named)} question ids that both sets have, only {len(same)} ask the same")
+    if 2 * len(same) < len(named):
+        raise ValueError(f"of {len(named)} question ids that both sets have, only {len(same)} ask the same")
     return same, len(named) - len(same)
 
 def paired(
@@ -353,9 +365,10 @@ def paired(
     at = [torch.tensor(x) for x in zip(*same)]
     spread = lambda w, i, a: torch.zeros(len(w), len(a.responses), dtype=w.dtype).index_copy(1, i, w)
     def difference(f: Number, g: Number) -> Number:
-        for x in (f, g):
-            if isinstance(x, Missing): return x
+        if isinstance(f, Missing): return f
+        if isinstance(g, Missing): return g
         return Statistic(lambda w: g(spread(w, at[1], other)) - f(spread(w, at[0], one)), len(same), share=False)
-    fixed = NO_INTERVAL | {"coverage", "precision"}
-    found = {k: estimate(difference(one.statistics[k], other.statistics[k]), len(same), one.level, k not in fixed) for k in NUMBERS}
-    return Comparison(found, len(same), (len(one.responses) - len(same) - odd, len(other.responses) - len(same) - odd), odd)
+    fixed, n = NO_INTERVAL | {"coverage", "precision"}, len(same)
+    number = {k: difference(one.statistics[k], other.statistics[k]) for k in NUMBERS}
+    found = {k: estimate(f, n, one.level, k not in fixed) for k, f in number.items()}
+    return Comparison(found, n, (len(one.responses) - n - odd, len(other.responses) - n - odd), odd)

@@ -27,9 +27,10 @@ def bootstrap(
     """Percentile interval of a statistic under resampling of questions; resamples where it is nan are left out.
 
     Data of two models on the same questions, passed together, gives a paired interval of their difference.
-    Raises `ValueError` if the tensors do not agree on the number of questions, `level` is not inside (0, 1), or `n` below 1."""
+    Raises `ValueError` if the tensors disagree on the questions, `level` is outside (0, 1), or `n` below 1."""
     sizes = {len(d) for d in data}
-    if len(sizes) != 1 or 0 in sizes: raise ValueError(f"data must share a positive number of questions; the sizes are {sorted(sizes)}")
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(f"data must share a positive number of questions; the sizes are {sorted(sizes)}")
     if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1; it is {level}")
     if n < 1: raise ValueError(f"n must be at least 1; it is {n}")
     size, generator = sizes.pop(), torch.Generator().manual_seed(seed)
@@ -48,7 +49,8 @@ def resamples(
     if n < 1: raise ValueError(f"n must be at least 1; it is {n}")
     generator = torch.Generator().manual_seed(seed)
     draws = torch.stack([torch.randint(size, (size,), generator=generator) for _ in range(n)])
-    return torch.zeros(n, size, dtype=torch.float64).scatter_add_(1, draws, torch.ones(1, 1, dtype=torch.float64).expand(n, size))
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return torch.zeros(n, size, dtype=torch.float64).scatter_add_(1, draws, one.expand(n, size))
 
 # %% ../nbs/19_interval.ipynb #dd281faf
 Weighted = Callable[[Float[Tensor, "n B"]], Float[Tensor, "n"]]
@@ -214,7 +216,7 @@ def interval(
     share: bool,               # it lies between 0 and 1
     level: float = 0.95,       # of the interval
 ) -> tuple[float, float]:
-    "Its interval over questions, Wilson's for a share; nan for one question, and where no question differs from another."
+    "Its interval over questions, Wilson's for a share; nan for one question, and where none differs from another."
     variance = moved.square().sum().item() * n / max(1, n - 1)
     if n < 2 or not math.isfinite(variance) or (variance < 1e-20 and not share): return math.nan, math.nan
     t = student(n - 1, level)

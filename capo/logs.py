@@ -273,7 +273,7 @@ def choice_rows(choices: Sequence[Record], about: Row) -> Iterator[Row]:
 
 def openai_rows(r: Record) -> Iterator[Row]:
     "Of a completion, or of a line of a batch's output."
-    answer = r.get("response") if isinstance(r.get("response"), dict) else r
+    answer: Any = r["response"] if isinstance(r.get("response"), dict) else r
     body = answer.get("body", answer)
     failed = r.get("error") or ("choices" not in body and body)
     if failed: raise ValueError(f"the request failed: {json.dumps(failed)[:100]}")
@@ -294,10 +294,11 @@ def vllm_rows(r: Record) -> Iterator[Row]:
 def inspect_rows(r: Record) -> Iterator[Row]:
     "Of a sample, or of a whole log with its `samples`."
     for s in r.get("samples", [r]) or []:
-        score, output = next(iter((s.get("scores") or {}).values()), {}), s.get("output") or {}
-        value = score.get("value") if isinstance(score.get("value"), (str, int, float)) else None
+        score: Record = next(iter((s.get("scores") or {}).values()), {})
+        output, value = s.get("output") or {}, score.get("value")
+        right = {"C": 1, "I": 0, "N": 0}.get(str(value), value) if isinstance(value, (str, int, float)) else None
         about = {"id": s["id"], "sample": s.get("epoch"), "prompt": text_of(s["input"]),
-                 "reference": text_of(s.get("target")), "correct": {"C": 1, "I": 0, "N": 0}.get(value, value)}
+                 "reference": text_of(s.get("target")), "correct": right}
         if score.get("answer") is not None: about["answer"] = score["answer"]
         if used := (output.get("usage") or {}).get("output_tokens"): about["length"] = used
         yield from choice_rows((output.get("choices") or [{"text": ""}])[:1], about | carried(s))
@@ -329,7 +330,7 @@ class LogFormat:
     knows: Callable[[Record], bool]          # whether a record is of this kind
     rows: Callable[[Record], Iterator[Row]]  # its responses
 
-def has(*names: str) -> Callable[[Record], bool]: return lambda r: all(k in r for k in names)
+def has(one: str, *names: str) -> Callable[[Record], bool]: return lambda r: one in r and all(k in r for k in names)
 
 FORMATS = (
     LogFormat("lm-eval", has("doc_id", "resps"), lm_eval_rows),
@@ -339,7 +340,7 @@ FORMATS = (
     LogFormat("openai", lambda r: has("choices")(r) or isinstance(r.get("response"), dict), openai_rows),
     LogFormat("verl", has("input", "output", "score"), verl_rows),
     LogFormat("trl", has("prompt", "completion"), trl_rows),
-    LogFormat("capo", lambda r: True, lambda r: iter((dict(r),))))
+    LogFormat("capo", has("id"), lambda r: iter((dict(r),))))
 
 def format_named(
     name: str, # of one of `FORMATS`
@@ -359,8 +360,8 @@ def under_our_names(
 
 def recognised(record: Record, before: LogFormat | None) -> LogFormat:
     "The kind of a record, most likely that of the one before."
-    if before and before is not FORMATS[-1] and before.knows(record): return before
-    return next(f for f in FORMATS if f.knows(record))
+    if before and before.knows(record): return before
+    return next((f for f in FORMATS if f.knows(record)), FORMATS[-1])
 
 def log_rows(
     path: str | Path,                 # a log

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLAGS', 'CHECKS', 'SCORES', 'Responses', 'is_number', 'as_text', 'as_id', 'as_flag', 'as_number', 'as_numbers',
            'as_count', 'as_lpm', 'as_probabilities', 'as_deepconf', 'checked', 'Columns', 'same_hash', 'add_row',
-           'right', 'grade', 'numbered_answers', 'oddities', 'as_table', 'gather', 'to_disk', 'write_whole',
+           'is_integer', 'grade', 'numbered_answers', 'oddities', 'as_table', 'gather', 'to_disk', 'write_whole',
            'response_rows', 'response_lines', 'write_responses', 'nothing_read', 'read_responses', 'convert',
            'as_responses', 'locked']
 
@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from .answer import extract_answer, group_answers, same_answer
+from .answer import extract_answer, group_answers, same_answers
 from .logs import log_rows
 from .page import shorten as shorten
 from .rollout import Rollouts
@@ -160,7 +160,8 @@ def checked(
     if "logps" in out:
         try: mean = as_lpm(sum(out["logps"]) / max(1, len(out["logps"])))
         except ValueError as e: raise ValueError(f"logps {e}") from None
-        if abs(out.get("lpm", mean) - mean) > .01 * max(1, -mean): out["odd"] = "have an lpm that is not the mean of their logps"
+        off = abs(out.get("lpm", mean) - mean)
+        if off > .01 * max(1, -mean): out["odd"] = "have an lpm that is not the mean of logps"
         out = {"lpm": mean, "length": len(out["logps"])} | out
     if "answer" not in row and "response" in out: out["answer"] = extract_answer(out["response"])
     return out
@@ -201,7 +202,8 @@ class Columns:
 # %% ../nbs/22_responses.ipynb #5a21c0e7
 def same_hash(text: str) -> int:
     "64 bits that equal texts share, in every process."
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 def add_row(
     c: Columns,             # gets it
@@ -225,31 +227,21 @@ def add_row(
     for what in filter(None, (row.get("odd"), contradiction)): c.odd[what] = c.odd.get(what, 0) + 1
 
 # %% ../nbs/22_responses.ipynb #5a21c0e9
-def right(
-    answer: str | None, # of a response
-    reference: str,     # the right one
-    seconds: float,     # for the comparison
-) -> bool | None:
-    "Whether they are equal, a percent sign aside; None if that cannot be told."
-    if answer is None: return False
-    told = same_answer(answer, reference, seconds)
-    if told or (answer.rstrip()[-1:] == "%") == (reference.rstrip()[-1:] == "%"): return told
-    bare = lambda x: x.rstrip().removesuffix("%").removesuffix("\\")
-    return same_answer(bare(answer), bare(reference), seconds) or told
+def is_integer(text: str) -> bool:
+    "Digits and nothing else; two of them are equal if they are the same text."
+    return text.isascii() and text.isdigit() and text[0] != "0"
 
 def grade(
     c: Columns,     # all rows
     seconds: float, # for a comparison
 ) -> int:
     "Puts a verdict where a row has none; returns how many could not be told, and count as wrong."
-    told: dict[tuple[str | None, str], bool | None] = {}
-    unknown = 0
-    for i in (i for i, v in enumerate(c.verdict) if v < 0):
-        pair = c.answer[i], str(c.reference[c.question[i]])
-        if pair not in told: told[pair] = right(*pair, seconds)
-        c.verdict[i] = told[pair] is True and c.truncated[i] != 1
-        unknown += told[pair] is None
-    return unknown
+    rows = [i for i, v in enumerate(c.verdict) if v < 0]
+    pairs = [(c.answer[i], str(c.reference[c.question[i]])) for i in rows]
+    asked = [(a, b) for a, b in dict.fromkeys(pairs) if a is not None and not (is_integer(a) and is_integer(b))]
+    told: dict[Any, bool | None] = dict(zip(asked, same_answers(asked, seconds)))
+    for i, (a, b) in zip(rows, pairs): c.verdict[i] = told.get((a, b), a == b) is True and c.truncated[i] != 1
+    return sum(told.get(pair, False) is None for pair in pairs)
 
 def numbered_answers(
     answers: Sequence[str | None], # of all responses
@@ -260,7 +252,7 @@ def numbered_answers(
     for q, a in zip(question, answers):
         if a is not None and a.strip(): distinct.setdefault(q, {})[a] = 0
     for of in distinct.values():
-        if len(of) > 1: of.update(zip(of, group_answers(list(of))))
+        if len(of) > 1: of.update(zip(of, range(len(of)) if all(map(is_integer, of)) else group_answers(list(of))))
     return [-1 if a is None or not a.strip() else distinct[q][a] for q, a in zip(question, answers)]
 
 # %% ../nbs/22_responses.ipynb #5a21c0ea
@@ -374,7 +366,8 @@ def read_responses(
 
     Raises `FileNotFoundError` if a file is missing, `ValueError` if there is no line that can be used."""
     from tqdm.auto import tqdm
-    c, flaws, refused = Columns(), [], 0
+    c, refused = Columns(), 0
+    flaws: list[str] = []
     for path in paths:
         rows = log_rows(path, format, columns)
         for number, row in tqdm(rows, f"reading {Path(path).name}", unit=" responses", disable=None, mininterval=1):

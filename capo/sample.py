@@ -41,7 +41,7 @@ def cut_to_batches(
     *lines, rest = Path(path).read_bytes().split(b"\n")                       # the rest was not finished
     for i, line in enumerate(lines):
         if i >= questions * n or place_of(line) != (i // n, i % n):
-            raise ValueError(f"{path}, line {i + 1}, is not the response that this run would write there; name a new folder")
+            raise ValueError(f"{path}, line {i + 1}, is not what this run would write there; name a new folder")
     done = len(lines) // n
     done -= done % batch if done < questions else 0
     os.truncate(path, sum(len(line) + 1 for line in lines[:done * n]))
@@ -58,7 +58,7 @@ def sample_to_file(
     batch: int = 16,                                       # questions to sample and to write at a time
     shown: Sequence[Problem] | None = None,                # bare questions, for the file; None: the prompts
 ) -> Iterator[int]:
-    """Samples, grades, and appends to the file; yields the number of questions done, first those that the file already holds.
+    """Samples, grades, appends to the file; yields the number of questions done, first those that it already holds.
 
     Raises `BlockingIOError` if another process writes the file, `ValueError` if it holds something else."""
     if n < 1 or batch < 1: raise ValueError(f"n and batch must be at least 1; they are {n} and {batch}")

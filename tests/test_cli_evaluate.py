@@ -256,7 +256,7 @@ def test_labels_of_plus_and_minus_one_lose_no_line(capsys):
 
 def test_a_log_is_converted(capsys):
     recorded("a.jsonl", extra="x\n")
-    assert "the first: a.jsonl, line 16: it is not JSON" in complaint(capsys, "convert", "a.jsonl", "b.jsonl.gz", code=1)
+    assert "1 lines could not be used" in complaint(capsys, "convert", "a.jsonl", "b.jsonl.gz", code=1)
     assert main(["convert", "a.jsonl", "b.jsonl.gz", "--skip-bad"]) == 0 and len(read_responses("b.jsonl.gz").text) == 15
 
 

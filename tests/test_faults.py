@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import capo.folder as folders
-import capo.run as runs
+import capo.keep as keep
 import capo.train as training
-from capo.folder import Broken, Checkpoints, CheckpointFailed, CSVLog, damage, settings
+from capo.folder import Broken, Checkpoints, CheckpointFailed, CSVLog, check_free, damage, settings
 from capo.recipe import capo, grpo
 from capo.rollout import HFSampler
-from capo.run import RunConfig, Validation, keeping, run
+from capo.keep import keeping
+from capo.run import RunConfig, Validation, run
 from capo.train import NonFiniteLoss, TrainConfig, train
 from helpers import has_a_seven, model, problems, tokenizer
 
@@ -115,7 +116,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(whole, seed, tmp_path):
     config, n, expected = whole
     rng, folder, kills = random.Random(seed), tmp_path / "run", []
     for _ in range(2):
-        at = rng.randrange(1000, n)
+        at = rng.randrange(1000, n * 9 // 10)                                          # what is cached is not called again
         kills.append(forked(lambda: calls(lambda: go(folder, config), at) and 0))  # a resumed run may end before its call `at`
     assert kills[0] == -signal.SIGKILL
     go(folder, config)
@@ -170,6 +171,14 @@ def test_an_interrupted_evaluation_is_made_again(whole, tmp_path):
     assert not differences(folder, expected)
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    "SIGINT as a terminal has it: a shell's background jobs ignore it, and a run leaves ignored signals alone."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step(whole, number, tmp_path):
     config, _, expected = whole
@@ -200,10 +209,8 @@ def test_a_second_signal_interrupts_at_once(tmp_path):
 
 def test_without_a_keeper_signals_are_pythons():
     def verify(text, answer): signal.raise_signal(signal.SIGINT)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)               # a shell's background jobs ignore it
-    try:
-        with pytest.raises(KeyboardInterrupt): train(model(), tokenizer, problems, grpo(), verify=verify, config=replace(TINY, save_every=0))
-    finally: signal.signal(signal.SIGINT, before)
+    config = replace(TINY, save_every=0)
+    with pytest.raises(KeyboardInterrupt): train(model(), tokenizer, problems, grpo(), verify=verify, config=config)
 
 
 @pytest.mark.parametrize("how", ["cut", "flip", "gone", "manifest"])
@@ -281,7 +288,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         os.setgid(65534); os.setuid(65534)
         said = []
         for out in (tmp_path / "theirs", tmp_path / "theirs" / "new"):
-            try: runs.write_config(out, settings(RunConfig, SHORT), False)
+            try: check_free(out)
             except OSError as e: said.append(str(e))
         return 0 if all(s == f"{o} cannot be written: Permission denied" for s, o in zip(said, (tmp_path / "theirs", tmp_path / "theirs" / "new"), strict=True)) else 3
 
@@ -395,10 +402,10 @@ def test_a_broken_run_names_its_last_checkpoint(tmp_path, monkeypatch):
 def test_the_generators_go_on_where_they_were():
     draw = lambda: [random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn(), torch.rand(1).item()]
     random.gauss(0, 1); numpy.random.randn()                                        # each keeps a second normal number for the next call
-    state = runs.random_state()
+    state = keep.random_state()
     first = draw()
     assert draw() != first
-    runs.set_random_state(state)
+    keep.set_random_state(state)
     assert draw() == first
 
 

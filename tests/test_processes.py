@@ -16,7 +16,7 @@ from capo.rollout import HFSampler
 from capo.task import arithmetic, arithmetic_tokenizer, tiny_lm
 from capo.folder import CSVLog
 from capo.processes import join_processes, processes
-from capo.run import keeping
+from capo.keep import keeping
 from capo.train import TrainConfig, train
 from pathlib import Path
 

@@ -128,7 +128,7 @@ def test_any_confidence_and_none(tmp_path):
 def test_what_looks_odd_is_said(tmp_path):
     odd = lambda **change: " ".join(read(tmp_path, line(**change), line(id="b", **change)).notes)
     assert odd() == "" and "are they sums?" in odd(lpm=-120) and "truncated, and are right by the file" in odd(truncated=True)
-    assert "not the mean of their logps" in odd(logps=[-3, -4])
+    assert "not the mean of logps" in odd(logps=[-3, -4])
     assert "1 of 2 responses come without lpm" in read(tmp_path, line(), line(lpm=...)).notes
 
 

@@ -10,7 +10,7 @@ import torch
 from capo.recipe import Recipe, capo, grpo, grpo_size
 from capo.rollout import HFSampler, rollout_logps
 from capo.folder import CSVLog
-from capo.run import saving_bad_step
+from capo.keep import saving_bad_step
 from capo.train import NonFiniteLoss, TrainConfig, batches, reference_logps, step_stats, with_lora
 from helpers import model, problems, run, small, spying, tokenizer, weights
 

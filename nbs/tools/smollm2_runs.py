@@ -20,7 +20,7 @@ from capo.recipe import capo as capo_recipe, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
 from capo.task import last_integer, verify
 from capo.folder import CSVLog, new_folder
-from capo.run import saving_bad_step
+from capo.keep import saving_bad_step
 from capo.train import TrainConfig, train
 from smollm2 import FOLDER as MODEL, SHA256
 from smollm2_tasks import DATA, load, problems, questions

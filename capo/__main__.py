@@ -1,0 +1,6 @@
+"`python -m capo` is `capo`."
+import sys
+
+from .cli import main
+
+sys.exit(main())
