@@ -79,6 +79,7 @@ def _chunk(
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     if softcap: z = (z / softcap).tanh_().mul_(softcap)
     logp = (z if temperature == 1 else z / temperature).log_softmax(-1)
+    if not softcap: del z                                      # the room is wanted
     chosen = logp.gather(1, tokens[:, None])
     slope = logp.exp_().neg_().scatter_add_(1, tokens[:, None], torch.ones_like(chosen))
     if temperature != 1: slope /= temperature
@@ -403,12 +404,16 @@ def shared_logps(
 def _shared(found: Any, lm: Any, prompts: Any, responses: Any, parent: Any, *how: Any) -> Tensor:
     number: dict[tuple[int, ...], int] = {}                                   # the same prompt twice is one prompt
     which = [number.setdefault(tuple(prompts[p]), len(number)) for p in parent]
-    row, lengths = Branches(found.layer.weight.device), [len(r) - 1 for r in responses]
+    twin: dict[Any, int] = {}                                                 # and so is the same response
+    first = [twin.setdefault((w, *r), i) for i, (w, r) in enumerate(zip(which, responses))]
+    lengths = [len(r) - 1 if r and f == i else 0 for i, (f, r) in enumerate(zip(first, responses))]
+    row = Branches(found.layer.weight.device)
     stem = stems(row, list(number))
     states: list[Any] = [[stem.starts[w] + stem.lengths[w] - 1] if r else [] for w, r in zip(which, responses)]
-    for part in _by_length([max(n, 0) for n in lengths]):
+    for part in _by_length(lengths):
         block = row.grow([responses[i][:-1] for i in part], stem, [which[i] for i in part])
         for i, start in zip(part, block.starts): states[i] += range(start, start + lengths[i])
+    states = [states[i] for i in first]
     flat = lambda lists: torch.tensor([x for xs in lists for x in xs], dtype=torch.long, device=row.device)
     return found.logps(_read(found, lm, row).index_select(0, flat(states)), flat(responses), *how)
 

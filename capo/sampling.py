@@ -78,19 +78,18 @@ def next_tokens(
 
 # %% ../nbs/09_sampling.ipynb #b2081c4f
 class _OwnCache:
-    "Prompts and what follows them in the cache of the model itself."
-    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, of: Tensor):
-        self.model, position = model, _positions(model, prompt_mask)
+    "Prompts and what follows them in the cache of the model itself; `logits` come behind row `of[b]` for prompt b."
+    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor):
+        self.model, self.seen, position = model, prompt_mask, _positions(model, prompt_mask)
         inputs = {"input_ids": prompt_ids, "attention_mask": prompt_mask, "logits_to_keep": 1} | position
         out = model(**inputs, use_cache=True)
-        self.cache, self.logits, self.seen = getattr(out, "past_key_values", None), out.logits[of, -1], prompt_mask[of]
+        self.cache, self.logits = getattr(out, "past_key_values", None), out.logits[:, -1]
         if not hasattr(self.cache, "reorder_cache"):
             raise ValueError(f"{type(model).__name__} has no key–value cache, which HFSampler needs")
-        self.position = {k: v[of, -1:] for k, v in position.items()}
-        self.cache.reorder_cache(of)
+        self.position, self.of = {k: v[:, -1:] for k, v in position.items()}, torch.arange(len(prompt_ids))
 
     def step(self, token: Int[Tensor, "N"], rows: Tensor | None) -> Float[Tensor, "N V"]:
-        "Logits behind one more token of each of the rows; None: all of them."
+        "Logits behind one more token, each behind its row; None: behind every row."
         if rows is not None:
             self.cache.reorder_cache(rows)
             self.seen, self.position = self.seen[rows], {k: v[rows] for k, v in self.position.items()}
@@ -102,44 +101,62 @@ class _OwnCache:
 # %% ../nbs/09_sampling.ipynb #d42a3e61
 class _Room:
     "Prompts and what follows them as keys and values that we keep; a reader, as `Branches` is one."
-    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, of: Tensor, most: int):
-        self.lm, self.found, self.most, row = _lm(model), anatomy(model), most, Branches(prompt_ids.device)
+    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, rows: int, tokens: int):
+        self.lm, self.found, row = _lm(model), anatomy(model), Branches(prompt_ids.device)
+        self.most = rows, tokens                                              # there will not be more
         number: dict[tuple[int, ...], int] = {}                               # the same prompt twice is one prompt
         asked = [tuple(ids[-n:]) for n, ids in zip(prompt_mask.sum(-1).tolist(), prompt_ids.tolist())]
-        which = torch.tensor([number.setdefault(x, len(number)) for x in asked], device=of.device)[of]
-        row.memory, stem = [], stems(row, list(number))
-        last = torch.tensor([start + n - 1 for start, n in zip(stem.starts, stem.lengths)], device=of.device)
-        self.logits = self.found.logits(_read(self.found, self.lm, row)[last])[which]
-        self.pairs, self.places, self.seen = row.memory, which, stem.seen     # a pair of keys and values for each layer
-        self.position, self.used = torch.tensor(stem.ends, device=of.device)[which] - 1, stem.seen.shape[1]
-        self.move(min(most, 64))
+        tensor = lambda x: torch.tensor(x, device=row.device)
+        self.of, row.memory = tensor([number.setdefault(x, len(number)) for x in asked]), []
+        stem = stems(row, list(number))
+        last = tensor([start + n - 1 for start, n in zip(stem.starts, stem.lengths)])
+        self.logits = self.found.logits(_read(self.found, self.lm, row)[last])
+        self.pairs, self.seen, self.position = row.memory, stem.seen, tensor(stem.ends) - 1
+        self.top, self.used = stem.seen.shape                                 # places and columns that are taken
+        self.places = torch.arange(self.top, device=row.device)
 
-    def move(self, more: int) -> None:
-        "Gives each row in use a place of its own, with room for so many more tokens, and forgets the others."
-        roomy = lambda x: F.pad(x[self.places, :, :self.used], (0, 0, 0, more))
+    def move(self) -> None:
+        "Each row to a place of its own at the front, in a room with up to twice the places and columns."
+        N, length = len(self.places), self.used - self.seen.shape[1]
+        places, columns = max(N, min(2 * N, self.most[0])), self.used + min(max(64, length), self.most[1] - length)
+        def roomy(x: Tensor) -> Tensor:
+            out = x.new_empty(places, x.shape[1], columns, x.shape[3])
+            torch.index_select(x[:, :, :self.used], 0, self.places, out=out[:N, :, :self.used])
+            return out
         for i, pair in enumerate(self.pairs): self.pairs[i] = [roomy(x) for x in pair]
-        self.seen, self.places = self.seen[self.places], torch.arange(len(self.places), device=self.places.device)
+        self.seen, self.top = F.pad(self.seen[self.places], (0, 0, 0, places - N)), N
+        self.places = torch.arange(N, device=self.places.device)
+
+    def follow(self, rows: Int[Tensor, "N"]) -> None:
+        "The next tokens come behind these rows, of which the same ones are side by side."
+        self.position, self.places = self.position[rows], self.places[rows]
+        again = (rows[1:] == rows[:-1]).nonzero()[:, 0] + 1
+        if self.top + len(again) > len(self.seen) or 2 * len(rows) <= self.top: return self.move()
+        new, old = slice(self.top, self.top + len(again)), self.places[again]
+        for x in (x for pair in self.pairs for x in pair): x[new, :, :self.used] = x[old, :, :self.used]
+        self.seen[new] = self.seen[old]
+        self.places[again], self.top = torch.arange(new.start, new.stop, device=old.device), new.stop
 
     def step(self, token: Int[Tensor, "N"], rows: Tensor | None) -> Float[Tensor, "N V"]:
-        "Logits behind one more token of each of the rows; None: all of them."
-        if rows is not None: self.places, self.position = self.places[rows], self.position[rows]
-        width, length = self.pairs[0][0].shape[2], self.used - self.seen.shape[1]
-        if self.used == width: self.move(min(self.most, 2 * length) - length)
-        elif 2 * len(self.places) <= len(self.seen): self.move(width - self.used)
+        "Logits behind one more token, each behind its row; None: behind every row."
+        if rows is not None: self.follow(rows)
+        if self.used == self.pairs[0][0].shape[2]: self.move()
         self.position, self.used, self.layer = self.position + 1, self.used + 1, 0
-        self.mask = F.pad(self.seen, (0, length + 1), value=True)[:, None, None]
+        self.mask = F.pad(self.seen[:self.top], (0, self.used - self.seen.shape[1]), value=True)[:, None, None]
         inputs = {"input_ids": token[None], "position_ids": self.position[None], "use_cache": False, "reader": self}
         with _reading(self.lm): return self.found.logits(self.found.body(**inputs).last_hidden_state[0])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Float[Tensor, "N H D"]:
-        "The new token of each row sees what its row has seen, and itself."
-        pair, whole = self.pairs[self.layer], len(self.places) == len(self.seen)
-        self.layer += 1
-        for kept, new in zip(pair, (k, v)): kept[slice(None) if whole else self.places, :, self.used - 1] = new
-        queries = q.unflatten(1, (k.shape[1], -1))                            # heads that share keys, side by side
-        if not whole: queries = q.new_zeros(len(self.seen), *queries.shape[1:]).index_copy_(0, self.places, queries)
-        out = _attend(queries, *(x[:, :, :self.used] for x in pair), self.mask, **how).flatten(1, 2)
-        return out if whole else out[self.places]
+# %% ../nbs/09_sampling.ipynb #5a1b7d32
+def _attend_places(self: _Room, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Float[Tensor, "N H D"]:
+    pair = self.pairs[self.layer]
+    self.layer += 1
+    for kept, new in zip(pair, (k, v)): kept[self.places, :, self.used - 1] = new
+    queries = q.new_zeros(self.top, k.shape[1], q.shape[1] // k.shape[1], q.shape[2])   # heads that share keys together
+    queries[self.places] = q.view(len(q), *queries.shape[1:])
+    out = _attend(queries, *(x[:self.top, :, :self.used] for x in pair), self.mask, **how)
+    return out.flatten(1, 2)[self.places]
+
+_Room.attend = _attend_places # type: ignore[attr-defined]
 
 # %% ../nbs/09_sampling.ipynb #f64c5083
 @torch.no_grad()
@@ -154,31 +171,36 @@ def sample(
 ) -> dict[str, Tensor]:
     "`response_ids`, `mask`, `logp`, … (B, G, T), 0 outside the mask; `truncated` (B, G). Raises `ValueError` on NaN."
     B, G, T = u.shape
-    row, u, out = torch.arange(B * G, device=u.device), u.flatten(0, 1), {}
-    over, every = torch.zeros_like(row, dtype=torch.bool), patience(u.device)
-    reader = _reader(model, prompt_ids, prompt_mask, row // G, T)
-    logits = reader.logits
+    reader, every = _reader(model, prompt_ids, prompt_mask, B * G, T), patience(u.device)
+    state, row = reader.of.to(u.device).repeat_interleave(G).sort(stable=True)
+    over, u, out, logits = torch.zeros_like(row, dtype=torch.bool), u.flatten(0, 1), {}, reader.logits[state]
     for t in range(T):
         new = next_tokens(logits, u[row, t], temperature, top_k) | {"mask": torch.ones_like(row)}
         for k, v in new.items(): out.setdefault(k, v.new_zeros(B * G, T))[row, t] = v.where(~over[row], 0)
         over[row] |= ended(out["response_ids"][row, :t + 1])
-        if t + 1 == T: break
-        rows, token = None, new["response_ids"]
-        if (t + 1) % every == 0 and over[row].any():
-            rows = (~over[row]).nonzero()[:, 0]
-            row, token = row[rows], token[rows]
-        if not len(row): break
+        token, look = new["response_ids"], (t + 1) % every == 0
+        if look: row, token, state = (x[~over[row]] for x in (row, token, state))
+        if t + 1 == T or not len(row): break
+        if every == 1: token, rows, state, row = _parted(token, state, row, logits.shape[1])
+        else: rows, state = state if look or not t else None, torch.arange(len(row), device=row.device)
         logits = reader.step(token, rows)
+        if len(logits) < len(row): logits = logits[state]
     found = out["logp"].isnan().any(0).nonzero()
     if len(found): raise ValueError(f"the model gives NaN for token {int(found[0]) + 1} of a response")
     return {k: v.unflatten(0, (B, G)) for k, v in (out | {"truncated": ~over}).items()}
 
+def _parted(token: Tensor, state: Tensor, row: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "Distinct tokens with the row that each comes behind; and the responses, sorted, with the new state of each."
+    key, order = (state * V + token).sort(stable=True)
+    distinct, new = key.unique_consecutive(return_inverse=True)
+    return distinct % V, distinct // V, new, row[order]
+
 def patience(device: torch.device) -> int: return 1 if device.type == "cpu" else 8
 
-def _reader(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, of: Tensor, most: int) -> "_Room | _OwnCache":
-    "What reads the model a token at a time; it begins with `logits`, the first of each row."
-    if shares(model, prompt_ids.shape[1] + most): return _Room(model, prompt_ids, prompt_mask, of, most)
-    return _OwnCache(model, prompt_ids, prompt_mask, of)
+def _reader(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, rows: int, tokens: int) -> "_Room | _OwnCache":
+    "What reads the model a token at a time."
+    if shares(model, prompt_ids.shape[1] + tokens): return _Room(model, prompt_ids, prompt_mask, rows, tokens)
+    return _OwnCache(model, prompt_ids, prompt_mask)
 
 # %% ../nbs/09_sampling.ipynb #176e72a5
 @contextmanager

@@ -97,9 +97,10 @@ def batch(B=5, G=4, P=13, T=9):
     answered[1, 2] = 0
     ids, prompt_mask = torch.randint(2, V, (B, P), generator=g), (torch.arange(P) >= P - asked[:, None]).long()
     for row, n in zip(ids, asked): row[P - n:P - n + 9] = torch.arange(3, 12)
-    ids[4] = ids[0]
+    ids[4], answered[4, 0] = ids[0], answered[0, 0]                               # the same question
     mask = (torch.arange(T) < answered[..., None]).long()
     drawn, logp = torch.randint(2, V, (B, G, T), generator=g), -torch.rand(B, G, T, generator=g) * mask
+    drawn[4, 0] = drawn[0, 0]                                                     # with the same answer
     none = torch.zeros(B, G)
     return Rollouts(ids, prompt_mask, drawn, mask, logp, none, none.bool(), [[""] * G] * B)
 
@@ -115,13 +116,17 @@ def value_and_gradient(model, r, f, temperature=1.):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_prompt_read_once_changes_neither_the_numbers_nor_the_gradient(name, lora):
-    r, model = batch(), family(name, lora)
-    longest = FAMILIES[name][2]
+    "In float64 where prompts are shared, so that nothing hides behind rounding."
+    longest, r, model = FAMILIES[name][2], batch(), family(name, lora)
+    wide = longest and name not in ("soft caps", "experts", "experts, one shared") # these do not work in float64
+    if wide: r, model = r.map(lambda x: x.double() if x.is_floating_point() else x), model.double()
     assert shares(model, longest) == (longest > 0) and not (longest < 99 and shares(model, max(longest, 12) + 1))
     for temperature in (1., .7):
         plain, fast = (value_and_gradient(model, r, f, temperature) for f in (plain_rollout_logps, rollout_logps))
-        torch.testing.assert_close(fast[0], plain[0], rtol=0, atol=2e-5)
-        torch.testing.assert_close(fast[1], plain[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fast[0], plain[0], rtol=0, atol=1e-5)           # some layers round to float32
+        assert [g is None for g in fast[1]] == [g is None for g in plain[1]]
+        for a, b in zip(*((g for g in gs if g is not None) for gs in (fast[1], plain[1]))):
+            assert (a - b).norm() <= (1e-5 if wide else 1e-4) * (1 + b.norm())
     assert (plain[0] != 0).sum() == r.mask.sum()
     whole = score(model, r)
     for budget in (1, 60, 10**4): torch.testing.assert_close(score(model, r, budget), whole, rtol=0, atol=2e-5)
@@ -151,7 +156,8 @@ def test_every_prompt_is_read_once_and_no_token_for_nothing():
     model.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[:2])))
     with torch.no_grad(): rollout_logps(model, r)
     rests = sum((13 - 9, 11 - 9, 10 - 9, 12 - 9))                                  # the fifth prompt is the first
-    assert sizes == [(1, 9 + rests + int((r.mask.sum(-1) - 1).clamp(min=0).sum()))]
+    each = (r.mask.sum(-1) - 1).clamp(min=0)
+    assert each[4, 0] > 0 and sizes == [(1, 9 + rests + int(each.sum() - each[4, 0]))]
 
 
 def test_a_mask_with_holes_takes_the_plain_path():
@@ -285,15 +291,19 @@ def test_map_reaches_every_tensor_and_nothing_else():
     assert prompts == [r.prompt_ids.shape] * 2
 
 
-def test_no_step_is_spent_on_a_response_that_has_ended():
+def test_nothing_is_read_twice_while_sampling_and_nothing_that_has_ended():
+    "Each prompt once, then a row for each beginning that responses to it have."
     model, rows = model_of("llama"), []
     shares(model)
     layer = model.model.layers[0].mlp
     hook = layer.register_forward_pre_hook(lambda module, inputs: rows.append(tuple(inputs[0].shape[:2])))
     try: r = sampler(max_new_tokens=12)(PROMPTS + PROMPTS[:1], 8, seed=2)
     finally: hook.remove()
-    assert rows[0] == (1, sum(map(len, PROMPTS)))                                  # each prompt once, without padding
-    assert rows[1:] == [(1, n) for n in r.mask.sum((0, 1)).tolist()[1:]] and r.mask[..., -1].sum() < 40
+    assert rows[0] == (1, sum(map(len, PROMPTS)))                                  # without padding
+    for t, (_, n) in enumerate(rows[1:], 1):
+        of = lambda b: [ids[:t] for ids, m in zip(r.response_ids[b].tolist(), r.mask[b].sum(-1)) if m > t]
+        assert n == len({(b % 4, *ids) for b in range(5) for ids in of(b)})
+    assert rows[1][1] < 20 and r.mask[..., -1].sum() < 40
 
 
 @pytest.mark.parametrize("name", FAMILIES)
