@@ -27,7 +27,7 @@ from .folder import (LOGS, Broken, Checkpoints, CSVLog, Logs, Progress, Watch, a
 from .keep import keeping
 from .policy import check_context, starting_model
 from .processes import join_processes, processes
-from .recipe import Recipe, capo, grpo_size, paper_size
+from .recipe import Recipe, grpo_size, paper_size
 from .responses import write_whole
 from .rollout import HFSampler, Rollouts, VLLMSampler, rollout
 from .task import Problem

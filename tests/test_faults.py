@@ -171,6 +171,14 @@ def test_an_interrupted_evaluation_is_made_again(whole, tmp_path):
     assert not differences(folder, expected)
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    "SIGINT as a terminal has it: a shell's background jobs ignore it, and a run leaves ignored signals alone."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step(whole, number, tmp_path):
     config, _, expected = whole
@@ -201,10 +209,8 @@ def test_a_second_signal_interrupts_at_once(tmp_path):
 
 def test_without_a_keeper_signals_are_pythons():
     def verify(text, answer): signal.raise_signal(signal.SIGINT)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)               # a shell's background jobs ignore it
-    try:
-        with pytest.raises(KeyboardInterrupt): train(model(), tokenizer, problems, grpo(), verify=verify, config=replace(TINY, save_every=0))
-    finally: signal.signal(signal.SIGINT, before)
+    config = replace(TINY, save_every=0)
+    with pytest.raises(KeyboardInterrupt): train(model(), tokenizer, problems, grpo(), verify=verify, config=config)
 
 
 @pytest.mark.parametrize("how", ["cut", "flip", "gone", "manifest"])
