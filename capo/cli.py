@@ -119,7 +119,7 @@ def identity(
 ) -> dict[str, Any]:
     "What would change the numbers of a run, with a fingerprint of the problems and one of the weights."
     asked = json.dumps([[p.prompt, p.answer] for p in problems])
-    weights = fingerprint(resources.files("capo") / "base" if a.model == "tiny" else a.model)
+    weights = fingerprint(str(resources.files("capo") / "base") if a.model == "tiny" else a.model)
     return {k: getattr(a, k) for k in IDENTITY} | {"questions": len(problems), "weights": weights,
             "prompts and answers": hashlib.sha256(asked.encode()).hexdigest()[:16]}
 

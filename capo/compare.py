@@ -44,13 +44,14 @@ def arms(
     ref_high: float = REF_HIGH,  # noise mask: a right response above is dropped
 ) -> dict[str, Callable[[], Recipe]]:
     "The arms, by name: four, and the rivals. CAPO's advantages have GRPO's size; all arms share one learning rate."
-    rivals = {name: make for name, make in METHODS.items() if name not in ("grpo", "capo")}
-    return {"grpo": grpo, "capo": partial(capo, tau, ref_low, ref_high, grpo_size),
-            "grpo-mask": partial(grpo, True, ref_low, ref_high),
-            "capo-nomask": partial(capo, tau, 1, math.inf, grpo_size),
-            "grpo-across": partial(grpo, True, 1, math.inf, .5),
-            "capo-across": partial(capo, tau, ref_low, ref_high, grpo_size, .5)} | rivals | {
-            "dr_grpo": partial(dr_grpo, 16)}                        # a sum over 16 tokens at most, not over 3000
+    made: dict[str, Callable[[], Recipe]] = {
+        "grpo": grpo, "capo": partial(capo, tau, ref_low, ref_high, grpo_size),
+        "grpo-mask": partial(grpo, True, ref_low, ref_high),
+        "capo-nomask": partial(capo, tau, 1, math.inf, grpo_size),
+        "grpo-across": partial(grpo, True, 1, math.inf, .5),
+        "capo-across": partial(capo, tau, ref_low, ref_high, grpo_size, .5),
+        "dr_grpo": partial(dr_grpo, 16)}                        # a sum over 16 tokens at most, not over 3000
+    return made | {name: make for name, make in METHODS.items() if name not in made}
 
 # %% ../nbs/34_compare.ipynb #727c48e2
 def held_out_questions(n: int = 256) -> list[Problem]:
@@ -119,7 +120,8 @@ def lpm_and_reward(r: Rollouts) -> tuple[list, list]:
 def run_job(job: Job) -> dict[str, Any]:
     "Trains and evaluates one arm; returns its evaluations, and every response's lpm and reward of first and last."
     from transformers import AutoModelForCausalLM
-    folder, seed, kept = Path(job.folder), job.config.seed, {}
+    folder, seed = Path(job.folder), job.config.seed
+    kept: dict[int, Rollouts] = {}
     folder.mkdir(parents=True)
     tokenizer, questions = arithmetic_tokenizer(), held_out_questions(job.questions)
     problems = training_questions(job.config.steps * job.config.questions, seed, questions)
@@ -207,9 +209,9 @@ def compare(
     begin()
     versions = {"version": _capo.__version__, "commit": commit(),
                 "torch": torch.__version__, "python": platform.python_version()}
-    settings = {"arms": {arm: described(make) for arm, make in makers.items()}, "seeds": list(seeds),
+    settings: dict[str, Any] = {"arms": {arm: described(make) for arm, make in makers.items()}, "seeds": list(seeds),
                 "fresh_base": fresh_base, "train": asdict(config), "questions": questions, "samples": samples}
-    (folder / "config.json").write_text(json.dumps(settings | versions | note, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps({**settings, **versions, **note}, indent=1) + "\n")
     with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         bases = dict.fromkeys(seeds, str(resources.files("capo") / "base"))
         if fresh_base: bases = dict(zip(seeds, pool.map(make_base, seeds, [str(folder / f"base-{s}") for s in seeds])))

@@ -217,7 +217,8 @@ def named_source(
                          "(--split)")
     if training: source = replace(source, split=source.train)
     if given["answer"]: source = replace(source, read=None)             # another column is read in its own way
-    return replace(source, **{k: v for k, v in given.items() if v})
+    named: dict[str, Any] = {k: v for k, v in given.items() if v}
+    return replace(source, **named)
 
 def load_table(
     name: str,      # file, or what to call the source in an error

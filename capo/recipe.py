@@ -168,12 +168,14 @@ def refilled(
     most: int = 10,                       # batches in all
 ) -> tuple[Rollouts, int]:
     "As many questions as before, those kept of one batch after the other, then those that were not; and batches drawn."
-    kept, left, drawn = [], [], 1
+    kept: list[Rollouts] = []
+    left: list[Rollouts] = []
+    drawn = 1
     while True:
         stays = keep(r)
         for box, flag in ((kept, stays), (left, ~stays)):
             if flag.any(): box.append(questions(r, flag.nonzero()[:, 0]))
-        if sum(map(len, kept)) >= len(r) or drawn == most: break
+        if sum(len(x) for x in kept) >= len(r) or drawn == most: break
         r, drawn = more(drawn), drawn + 1
     return together(kept + left)[:len(r)], drawn
 

@@ -220,3 +220,24 @@ def test_pairs_across_questions(share, seed):
     assert torch.allclose(mine(1e6), grpo(across=share).advantage(r, 1), atol=1e-3)
     paper = capo(.5, across=share, **UNMASKED["capo"]).advantage(r, 1)
     assert abs(paper.sum()) < 1e-4 and (paper * (2 * r.reward - 1) >= 0).all()
+
+
+@given(st.integers(0, 99), st.floats(.5, 5))
+def test_cispo_and_simko_written_out(seed, cap):
+    r, logp, old, mask = batch(seed)
+    x, A, n = logp.requires_grad_(), made("cispo").advantage(r, 1).flatten().double(), mask.sum()
+    rho = (logp - old).detach().exp()
+    grad, = torch.autograd.grad(made("cispo", cap=cap).loss(x, old, A, mask), x)
+    assert torch.allclose(-grad * n, rho.clamp(max=cap) * A[:, None] * mask)
+    recipe = made("simko")
+    more = more_for(recipe, r, mask)
+    grad, = torch.autograd.grad(recipe.loss(x, old, A, mask, **more), x)
+    H, first = more["likeliest"].entropy, more["likeliest"].first
+    for i, row in enumerate(mask.bool()):
+        fork = H[i] > H[i, row].quantile(.8)
+        for t in row.nonzero()[:, 0].tolist():
+            boosted = A[i] * (1.1 if fork[t] and A[i] < 0 and first[i, t] else 1)
+            kept = 0 if (rho[i, t] > 1.2 and A[i] > 0) or (rho[i, t] < .8 and A[i] < 0) else 1
+            share = .01 if fork[t] and A[i] > 0 else 0
+            want = kept * boosted * rho[i, t] * (1 - share)
+            assert -grad[i, t] * n == pytest.approx(want.item(), abs=1e-6)
