@@ -1,8 +1,8 @@
 """How often do the intervals of `capo.evaluate` hold the truth? Every row of both tables of a report, simulated.
 
 `python benchmarks/coverage.py --runs 1000` prints a table and writes coverage.csv. The world: questions of random
-difficulty, eight responses each, a confidence that knows something of the question and of the response, answers that a
-vote can count. Two runs on the same questions do not differ (gain 0, the null), or do. A threshold is chosen by each run;
+difficulty, eight responses each, a confidence that knows something of the question and of the response, answers that
+a vote can count. Two runs on the same questions do not differ (gain 0, the null), or do. A threshold is chosen by each run;
 what its interval claims is about that threshold, so its truth is what that threshold does among all questions.
 """
 import argparse
@@ -46,7 +46,7 @@ def pair(B, G, g, gain):
 
 
 def truth(G, gain, B=100_000, seed=0):
-    "Both runs on so many questions that no number has an error to speak of: numbers, differences, and what thresholds do."
+    "Both runs on so many questions that no number has an error to speak of: numbers, differences, what thresholds do."
     one, other = (assess(r) for r in pair(B, G, torch.Generator().manual_seed(seed), gain))
     score, order = one.responses.score.sort(descending=True)
     right = one.responses.correct[order].double().cumsum(0)
@@ -93,4 +93,5 @@ if __name__ == "__main__":
     lines = {}
     for r in rows: lines.setdefault((r["table"], r["gain"], r["row"]), {})[r["questions"]] = r["covered"]
     print("| table | gain | row |", *(f"{n} |" for n in a.questions), "\n|---|---|---|" + "---|" * len(a.questions))
-    for k, v in lines.items(): print("|", *(f"{x} |" for x in k), *(f"{v[n]:.3f} |" if n in v else "– |" for n in a.questions))
+    shown = lambda v: [f"{v[n]:.3f} |" if n in v else "– |" for n in a.questions]
+    for k, v in lines.items(): print("|", *(f"{x} |" for x in k), *shown(v))

@@ -1,6 +1,7 @@
 """Where the time of `capo report` goes: python benchmarks/report.py [--questions 256 62500] [--responses 16]
 
-Makes a file of responses, then reads, assesses and reports it; prints seconds of processor time and the peak of memory (MB) after each."""
+Makes a file of responses, then reads, assesses and reports it (which assesses again); prints seconds of processor time
+and the peak of memory in MB."""
 import argparse
 import json
 import random
@@ -26,8 +27,9 @@ def make(path, B, G):
             for g in range(G):
                 right = rng.random() < chance
                 answer = reference if right else reference + 1 if rng.random() < .5 else rng.randrange(1000)
-                row = {"id": q, "sample": g, "prompt": f"Question number {q}?", "response": f"After {rng.randrange(10**6)} steps of thought the answer is {answer}.",
-                       "answer": str(answer), "reference": str(reference), "lpm": -rng.random() - .5 * (not right), "length": rng.randrange(5, 50)}
+                text = f"After {rng.randrange(10**6)} steps of thought the answer is {answer}."
+                row = {"id": q, "sample": g, "prompt": f"Question number {q}?", "response": text, "answer": str(answer),
+                       "reference": str(reference), "lpm": -rng.random() - .5 * (not right), "length": len(text)}
                 f.write(json.dumps(row) + "\n")
 
 
@@ -44,6 +46,10 @@ if __name__ == "__main__":
             make(path, B, a.responses)
             size = path.stat().st_size / 1e6
             clock = lambda: times.append(time.process_time())
-            clock(); r = read_responses(path); clock(); assess(r); clock(); made = report({"r": r}); clock(); report_files(made); clock()
+            clock(); r = read_responses(path)
+            clock(); assess(r)
+            clock(); made = report({"r": r})
+            clock(); report_files(made); clock()
         spent = " | ".join(f"{y - x:.1f}" for x, y in zip(times[1:], times[2:]))
-        print(f"| {B * a.responses:,} | {size:.0f} | {spent} | {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000:.0f} |", flush=True)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+        print(f"| {B * a.responses:,} | {size:.0f} | {spent} | {peak:.0f} |", flush=True)

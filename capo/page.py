@@ -111,7 +111,7 @@ class Chart:
         "Pixels of a point."
         (a, b), (c, d) = self.xs, self.ys
         across, up = (x - a) / (b - a), (y - c) / (d - c)
-        return round(46 + 330 * across, 1), round(self.height - 44 - (self.height - 60) * up, 1)
+        return round(46 + 300 * across, 1), round(self.height - 44 - (self.height - 60) * up, 1)
 
 # %% ../nbs/18_page.ipynb #24f00004
 def line(
@@ -191,7 +191,7 @@ def drawn(
     names: Sequence[str] = (), # in the place of numbers on the left
 ) -> str:
     "The picture as an `svg` element."
-    size = f"0 0 390 {chart.height + 6 + 18 * len(chart.legend)}"
+    size = f"0 0 360 {chart.height + 6 + 18 * len(chart.legend)}"
     head = f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="{size}" role="img">'
     inside = [axes(chart, x, y, names), *chart.marks, *(key(chart, i) for i in range(len(chart.legend)))]
     return f"{head}<title>{html.escape(visible(says))}</title>{''.join(inside)}</svg>"

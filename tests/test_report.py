@@ -1,8 +1,11 @@
 "The report: what it says, that nothing a model wrote becomes part of the page, and that its files can be read."
 import csv
+import html
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -266,10 +269,41 @@ def test_runs_on_other_questions_stand_side_by_side_without_a_difference(files, 
 
 
 def test_a_page_of_ten_thousand_long_responses_is_small(tmp_path):
-    r = gather({"id": i // 8, "prompt": "p" * 3000 * (i % 8 == 0), "response": "x" * 3000, "correct": (i * 7) % 3 > 0, "confidence": (i % 11) / 10} for i in range(10_000))
+    long = {"prompt": "p" * 3000, "response": "x" * 3000, "answer": None}
+    r = gather(long | {"id": i, "correct": (i * 7) % 3 > 0, "lpm": -(i % 11) / 10} for i in range(10_000))
     report(r, tmp_path / "out")
     assert (tmp_path / "out/report.html").stat().st_size < 200_000
 
 
 def test_plain():
     assert plain({"a": [1, math.nan, (math.inf, "x")], 2: None}) == {"a": [1, None, [None, "x"]], "2": None}
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROBE = """<script>
+const sizes = [...document.querySelectorAll('details')].map(d => d.open = true) && [...document.querySelectorAll('svg.chart text')].map(
+  t => 13 * t.ownerSVGElement.getBoundingClientRect().width / t.ownerSVGElement.viewBox.baseVal.width);
+document.querySelector('select').value = '1'; document.querySelector('select').onchange();
+parent.postMessage(JSON.stringify({page: document.documentElement.scrollWidth, window: innerWidth, type: Math.min(...sizes),
+  shown: [...document.querySelector('.examples').querySelectorAll('article')].filter(a => !a.hidden && a.dataset.right === '0').length,
+  selects: document.querySelectorAll('select').length, back: getComputedStyle(document.body).backgroundColor}), '*')</script>"""
+
+
+PHONE = """<title></title><script>onmessage = e => document.title = e.data</script>
+<iframe src="probe.html" style="width: 390px; height: 800px; border: 0"></iframe>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
+@pytest.mark.parametrize("dark", [False, True])
+def test_on_a_phone(files, tmp_path, dark):
+    report(files, tmp_path / "out")
+    page = (tmp_path / "out/report.html").read_text()
+    (tmp_path / "probe.html").write_text(page.replace("</body>", PROBE + "</body>"))
+    (tmp_path / "phone.html").write_text(PHONE)                                  # its own window is never that narrow
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000", "--enable-logging=stderr", "--dump-dom",
+               f"--user-data-dir={tmp_path / 'profile'}", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]
+    run = subprocess.run([CHROMIUM, *options, (tmp_path / "phone.html").as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in run.stderr, run.stderr
+    seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", run.stdout)[1]))
+    assert seen["page"] <= seen["window"] == 390 and seen["type"] > 12 and seen["shown"] == 0 and seen["selects"] == 4
+    assert (seen["back"] == "rgb(23, 25, 28)") == dark
