@@ -251,18 +251,18 @@ def test_a_report_of_a_file_with_flaws(capsys):
 
 def test_labels_of_plus_and_minus_one_lose_no_line(capsys):
     Path("a.csv").write_text("q,acc,p\n" + "".join(f"{i},{1 if i % 4 else -1},{i / 40}\n" for i in range(40)))
-    assert main(["report", "a.csv", "--column", "id=q", "--column", "correct=acc", "--column", "confidence=p",
-                 "--csv", "--out", "new"]) == 0
+    assert main(["report", "a.csv", "--column", "id=q", "--column", "correct=acc", "--column", "confidence=p", "--csv",
+                 "--out", "new"]) == 0
     assert json.loads(Path("new/summary.json").read_text())["sets"]["a"]["numbers"]["accuracy"]["value"] == .75
-    assert Path("new/how_often_it_is_right.csv").exists() and "column must be FIELD=COLUMN" in complaint(capsys,
-        "report", "a.csv", "--column", "id")
+    assert Path("new/how_often_it_is_right.csv").exists()
+    assert "column must be FIELD=COLUMN" in complaint(capsys, "report", "a.csv", "--column", "id")
 
 
 def test_a_log_is_converted(capsys):
     recorded("a.jsonl", extra="x\n")
     assert "1 lines could not be used" in complaint(capsys, "convert", "a.jsonl", "b.jsonl.gz", code=1)
-    assert main(["convert", "a.jsonl", "b.jsonl.gz",
-                 "--skip-bad"]) == 0 and len(read_responses("b.jsonl.gz").text) == 15
+    assert main(["convert", "a.jsonl", "b.jsonl.gz", "--skip-bad"]) == 0
+    assert len(read_responses("b.jsonl.gz").text) == 15
 
 
 @pytest.mark.parametrize("content, words", [

@@ -209,8 +209,8 @@ def test_answers_that_cannot_be_compared_are_wrong_and_counted(tmp_path):
 
 FIELDS = "id lpm logps correct reference answer response prompt sample length truncated token_confidence".split()
 SIMPLE = st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5)
-NESTED = st.recursive(SIMPLE, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), x, max_size=9),
-                      max_leaves=12)
+ROWS = lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), x, max_size=9)
+NESTED = st.recursive(SIMPLE, ROWS, max_leaves=12)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
