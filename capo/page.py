@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SERIES', 'DARK', 'RIGHT', 'WRONG', 'PALETTE', 'INK', 'ALONE', 'SCRIPT', 'STYLE', 'visible', 'Code', 'Number',
-           'in_markdown', 'in_html', 'Block', 'Heading', 'Paragraph', 'Grid', 'Fold', 'series', 'Chart', 'line', 'dot',
+           'in_markdown', 'in_html', 'Piece', 'Heading', 'Paragraph', 'Grid', 'Fold', 'series', 'Chart', 'line', 'dot',
            'bar', 'words_at', 'ticks', 'axes', 'key', 'drawn', 'Picture', 'shorten', 'Example', 'Examples', 'flat',
            'for_terminal', 'as_csv', 'plain', 'Report', 'report_files', 'save_report']
 
@@ -41,20 +41,20 @@ def in_html(x: str) -> str:
     return f"<code>{shown}</code>" if isinstance(x, Code) else shown
 
 # %% ../nbs/18_page.ipynb #4806cb6e
-class Block:
-    "A piece of a report."
+class Piece:
+    "A part of a report that shows itself."
     def markdown(self) -> str: raise NotImplementedError
     def html(self) -> str: raise NotImplementedError
 
 @dataclass(frozen=True)
-class Heading(Block):
+class Heading(Piece):
     parts: Sequence[str]          # `Code` or our own words
     level: int = 2
     def markdown(self) -> str: return "#" * self.level + " " + "".join(map(in_markdown, self.parts))
     def html(self) -> str: return f"<h{self.level}>{''.join(map(in_html, self.parts))}</h{self.level}>"
 
 @dataclass(frozen=True)
-class Paragraph(Block):
+class Paragraph(Piece):
     parts: Sequence[str]
     kind: str = ""                # `verdict`, `box`; how it is set off
     def markdown(self) -> str: return "> " * (self.kind == "box") + "".join(map(in_markdown, self.parts))
@@ -62,7 +62,7 @@ class Paragraph(Block):
         return f"<p{f' class={self.kind}' if self.kind else ''}>{''.join(map(in_html, self.parts))}</p>"
 
 @dataclass(frozen=True)
-class Grid(Block):
+class Grid(Piece):
     name: str                     # of its file, without .csv
     rows: Sequence[Sequence[str]] # the first is the header
     def markdown(self) -> str:
@@ -76,9 +76,9 @@ class Grid(Block):
         return f'<div class="wide"><table>{line(self.rows[0], "th")}{body}</table></div>'
 
 @dataclass(frozen=True)
-class Fold(Block):
+class Fold(Piece):
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[Piece]
     def markdown(self) -> str: return "\n\n".join([f"## {self.title}", *(b.markdown() for b in self.blocks)])
     def html(self) -> str:
         inside = "".join(b.html() for b in self.blocks)
@@ -199,7 +199,7 @@ def drawn(
 ALONE = f"<style>{PALETTE} {INK} svg {{ color: light-dark(#1c1e21, #dcdfe3) }}</style>" # for a picture without a page
 
 @dataclass(frozen=True)
-class Picture(Block):
+class Picture(Piece):
     name: str                     # of its file, without .svg
     title: str                    # its message
     svg: str
@@ -217,7 +217,7 @@ def shorten(
     return text if len(text) <= size else f"{text[:size // 3]} … {text[len(text) - size + size // 3:]}"
 
 @dataclass(frozen=True)
-class Example(Block):
+class Example(Piece):
     about: Sequence[str]          # parts of a sentence
     prompt: str
     text: str                     # the response
@@ -250,7 +250,7 @@ for (const box of document.querySelectorAll('.examples')) {
 """
 
 @dataclass(frozen=True)
-class Examples(Block):
+class Examples(Piece):
     examples: Sequence[Example]
     def markdown(self) -> str: return "\n".join(e.markdown() for e in self.examples)
     def html(self) -> str: return '<div class="examples">' + "".join(e.html() for e in self.examples) + "</div>"
@@ -283,7 +283,7 @@ body.page { margin: 0 }
             max-height: 16rem; overflow-y: auto }
 """
 
-def flat(blocks: Iterable[Block]) -> list[Block]:
+def flat(blocks: Iterable[Piece]) -> list[Piece]:
     "The blocks, and those inside folds."
     return [x for b in blocks for x in ((b, *flat(b.blocks)) if isinstance(b, Fold) else (b,))]
 
@@ -316,7 +316,7 @@ def plain(x: Any) -> Any:
 class Report:
     "Blocks, and the numbers behind them. It shows itself in a notebook, prints as a table, and is saved as a folder."
     title: Sequence[str]
-    blocks: Sequence[Block]
+    blocks: Sequence[Piece]
     summary: Mapping[str, Any]
     refused: int = 0              # lines that could not be used
 
