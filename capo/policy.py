@@ -33,7 +33,9 @@ def with_lora(
     if found := [t for t in tied_layers(model) if t in names]:
         raise ValueError(f"{found[0]} shares its matrix with another layer, into which its adapter would be merged; "
                          "leave it out of lora_targets")
-    adapter = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=names, task_type="CAUSAL_LM")
+    routers = [name for name, m in model.named_modules() if type(m).__name__.endswith("Router")] # have two outputs
+    adapter = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=names, exclude_modules=routers or None,
+                         task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, adapter)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from .evaluate import NUMBERS, Assessment, Comparison, Estimate, assess, chosen_questions, confidence_numbers
 from .evaluate import estimate, order_numbers, padded, paired
-from .page import RIGHT, WRONG, Piece, Chart, Code, Example, Examples, Fold, Grid, Number, Paragraph, Picture
+from .page import RIGHT, WRONG, Piece, Chart, Code, Example, Examples, Fold, Grid, Value, Paragraph, Picture
 from .page import Report, bar, dot, drawn, line, save_report, shorten, visible, words_at
 from .responses import Responses, read_responses
 from .selective import precision_coverage
@@ -287,7 +287,7 @@ def number_tables(assessed: Mapping[str, Assessment]) -> list[Piece]:
     out: list[Piece] = []
     for title, keys in GROUPS.items():
         known = [k for k in keys if any(not a[k].note for a in assessed.values())]
-        rows = [[of_n(k, first), *(Number(a[k]) for a in assessed.values())] for k in known]
+        rows = [[of_n(k, first), *(Value(a[k]) for a in assessed.values())] for k in known]
         if rows: out.append(Fold(title, [Grid(title.lower().replace(" ", "_"), [head, *rows])]))
     return out
 
@@ -300,12 +300,12 @@ def confidence_table(name: str, a: Assessment) -> list[Piece]:
     def row(by: str) -> list[str]:
         of = r.by(by)
         found = order_numbers(of) | confidence_numbers(of)
-        return [by, *(Number(estimate(found[k], len(of), a.level, k != "ece")) for k in ASKED)]
-    short = ["brevity", Number(a["brevity_auc"]), Number(a["brevity_pooled"]), *[Number("–")] * 3]
+        return [by, *(Value(estimate(found[k], len(of), a.level, k != "ece")) for k in ASKED)]
+    short = ["brevity", Value(a["brevity_auc"]), Value(a["brevity_pooled"]), *[Value("–")] * 3]
     head = [Code(short_names([name])[0]), *(NUMBERS[k] for k in ASKED)]
     return [Fold("Which confidence to trust", [Grid("confidences", [head, *map(row, r.scores), short])])]
 
-def marked(e: Estimate) -> Number: return Number(str(e) + " *" * excludes_zero(e))
+def marked(e: Estimate) -> Value: return Value(str(e) + " *" * excludes_zero(e))
 
 def shared_with(name: str, c: Comparison) -> str:
     "Which questions a comparison is over."

@@ -357,7 +357,7 @@ def nothing_read(paths: Sequence[Any], flaws: int, first: Sequence[str]) -> Valu
 
 def read_responses(
     *paths: str | Path,               # logs, read as one set of responses; pipes, too
-    format: str | None = None,        # of `capo.logs.FORMATS`; None: whichever knows its records
+    format: str | None = None,        # of `capo.logs.LOG_FORMATS`; None: whichever knows its records
     columns: Mapping[str, Any] = {},  # our field → theirs; for `confidence` several
     limit: int = 20,                  # flaws to describe; all are counted
     seconds: float = 3.0,             # for the comparison of two answers
@@ -383,7 +383,7 @@ def read_responses(
 def convert(
     path: str | Path,                 # a log
     out: str | Path,                  # a file of responses; gzipped if it ends in .gz
-    format: str | None = None,        # of `capo.logs.FORMATS`; None: whichever knows its records
+    format: str | None = None,        # of `capo.logs.LOG_FORMATS`; None: whichever knows its records
     columns: Mapping[str, Any] = {},  # our field → theirs
 ) -> tuple[int, list[str]]:
     "Writes a log in our own form; returns how many responses it holds, and why others could not be used."

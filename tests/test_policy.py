@@ -171,3 +171,32 @@ def test_a_model_without_a_cache_is_refused():
     import transformers as hf
     mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4)).eval()
     with pytest.raises(ValueError, match="has no key–value cache"): HFSampler(mamba, tokenizer, 4)(asked, 2)
+
+
+def opt():
+    import transformers as hf
+    return hf.OPTForCausalLM(hf.OPTConfig(
+        vocab_size=16, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16,
+        max_position_embeddings=64, dropout=.5, init_std=.5, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+
+
+def llama4():
+    import transformers as hf
+    return hf.Llama4ForCausalLM(hf.Llama4TextConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None))
+
+
+def test_recomputation_in_a_model_whose_layers_drop_out():
+    def row(**options):
+        torch.manual_seed(0)
+        return run(config=replace(small, steps=1, updates=1, **options), policy=opt()).rows[0]
+
+    assert row(recompute=True)["grad_norm"] == pytest.approx(row()["grad_norm"], rel=1e-4)
+
+
+def test_an_adapter_on_a_mixture_of_experts_leaves_the_router_alone():
+    torch.manual_seed(0)
+    row = run(config=replace(small, steps=1, updates=1, lora_rank=2), policy=llama4()).rows[0]
+    assert row["ratio"] == pytest.approx(1, abs=1e-4)
