@@ -281,7 +281,7 @@ def statistics(
 
 # %% ../nbs/23_evaluate.ipynb #c709f310
 VOTED = ("pass_at_n", "majority", "most_confident", "perplexity_consistency", "rpc", "deepconf")
-FEWEST = {"ece": math.inf, "prr": 100, "coverage_area": 30, **dict.fromkeys(VOTED, 30)} # questions that an interval takes
+FEWEST = {"ece": math.inf, "prr": 100, "coverage_area": 30, **dict.fromkeys(VOTED, 30)} # questions to have one
 
 def reliable(
     key: str, # of a number

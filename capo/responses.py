@@ -138,7 +138,8 @@ def as_deepconf(x: Any) -> float:
     return bottom_confidence(torch.tensor([[tokens]], dtype=torch.float64), torch.ones(1, 1, len(tokens))).item()
 
 CHECKS: dict[str, Callable[[Any], Any]] = {
-    "id": as_id, "sample": as_count, "prompt": as_words, "response": as_words, "answer": as_words, "reference": as_words,
+    "id": as_id, "sample": as_count, "prompt": as_words, "response": as_words, "answer": as_words,
+    "reference": as_words,
     "correct": as_flag, "lpm": as_lpm, "logps": as_numbers, "confidence": as_probabilities, "score": as_number,
     "token_confidence": as_deepconf, "length": as_count, "truncated": as_flag}
 
