@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from capo.calibration import group_auc
 from capo.evaluate import (NUMBERS, Missing, Responses, Table, accuracy, assess, auc_of_each, blocks, evaluate,
                            most_confident, padded, paired, statistics)
-from capo.interval import (bootstrap, correlation, influence, interval, mean_of, mean_over, ranked,
+from capo.interval import (bootstrap, correlation, influence, interval, question_mean, mean_over, ranked,
                            resamples, student,
                            weighted_area, weighted_auc, weighted_ece, weighted_prr, wilson)
 from capo.responses import gather
@@ -169,7 +169,7 @@ def test_the_correlation_is_numpys_and_nan_for_a_constant():
 
 def test_fast_and_plain_bootstrap_draw_the_same():
     x = torch.rand(30, generator=torch.Generator().manual_seed(0))
-    drawn = mean_of(x)(resamples(30, 200, seed=3)).quantile(torch.tensor([.025, .975]).double()).tolist()
+    drawn = question_mean(x)(resamples(30, 200, seed=3)).quantile(torch.tensor([.025, .975]).double()).tolist()
     same(drawn, bootstrap(torch.mean, x, n=200, seed=3), 1e-6)
     assert resamples(30, 5).sum(1).tolist() == [30] * 5
 
@@ -178,7 +178,7 @@ def test_fast_and_plain_bootstrap_draw_the_same():
 
 def test_the_influences_of_a_mean_are_the_textbooks_variance():
     x = torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    value, moved = influence(mean_of(x), 40)
+    value, moved = influence(question_mean(x), 40)
     same(value, x.mean().item()); same(moved, (x - x.mean()) / 40)
     same(moved.square().sum().item() * 40 / 39, x.var().item() / 40)
 
@@ -207,7 +207,7 @@ def test_wilson_by_hand():
 
 def test_zeros_and_ones_get_wilsons_interval_for_independent_replies():
     x = torch.tensor([1.] * 9 + [0.])
-    assert interval(*influence(mean_of(x), 10), 10, True) == pytest.approx(wilson(.9, 10, student(10**6)))
+    assert interval(*influence(question_mean(x), 10), 10, True) == pytest.approx(wilson(.9, 10, student(10**6)))
 
 
 def test_the_threshold_is_chosen_on_one_half_and_checked_on_the_other():

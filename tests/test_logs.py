@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, HealthCheck, strategies as st
 
 from capo.evaluate import assess
-from capo.logs import FORMATS, LONGEST, log_rows, records
+from capo.logs import LOG_FORMATS, LONGEST_LINE, log_rows, records
 from capo.responses import convert, read_responses
 
 
@@ -217,12 +217,12 @@ def test_a_line_of_gigabytes_is_skipped_unread(tmp_path):
     path = tmp_path / "bomb.jsonl.gz"
     with gzip.open(path, "wb", 1) as f:
         f.write(b'{"id": 1, "correct": 1}\n{"id": 2, "response": "')
-        for _ in range(40): f.write(b"a" * (LONGEST // 4))
+        for _ in range(40): f.write(b"a" * (LONGEST_LINE // 4))
         f.write(b'"}\n{"id": 3, "correct": 0}\n')
     tracemalloc.start()
     r = read_responses(path)
     assert r.id == ["1", "3"] and r.refused == 1 and "line 2: it is longer than 32 MB" in r.flaws[0]
-    assert tracemalloc.get_traced_memory()[1] < 5 * LONGEST
+    assert tracemalloc.get_traced_memory()[1] < 5 * LONGEST_LINE
     tracemalloc.stop()
 
 
@@ -238,7 +238,7 @@ KEYS = {"lm-eval": ["doc_id", "resps", "target", "filtered_resps", "metrics", "a
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-@given(st.sampled_from([f.name for f in FORMATS]), st.data())
+@given(st.sampled_from([f.name for f in LOG_FORMATS]), st.data())
 def test_no_record_gives_a_traceback(tmp_path, name, data):
     record = {k: data.draw(JSON) for k in KEYS[name]}
     path = write(tmp_path / "r.jsonl", record, {"id": 1, "correct": 1})

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from capo.page import (Code, Grid, Number, Paragraph, for_terminal, in_html, in_markdown, plain, save_report,
+from capo.page import (Code, Grid, Value, Paragraph, for_terminal, in_html, in_markdown, plain, save_report,
                        shorten, ticks, visible)
 from capo.report import curves_of, draw_confidence, draw_risk, examples, named, report, short_names
 from capo.evaluate import assess, padded
@@ -151,7 +151,7 @@ def test_html_shows_any_text_and_has_no_other_tag(text):
     for x, tags in ((text, []), (Code(text), ["code"])):
         page = Page(in_html(x))
         assert page.tags == tags and page.text.replace("\r\n", "\n").replace("\r", "\n") == visible(text)
-    assert "<" not in in_html(Number(text)).replace("<small>", "").replace("</small>", "")
+    assert "<" not in in_html(Value(text)).replace("<small>", "").replace("</small>", "")
 
 
 def code_spans(line):
@@ -177,9 +177,9 @@ def test_markdown_shows_any_text_in_one_code_span_of_one_cell(text):
 
 
 def test_a_table_in_text():
-    assert Grid("t", [["", Code("a|b")], ["accuracy", Number("0.5 [0.4, 0.6]")]]).markdown() == (
+    assert Grid("t", [["", Code("a|b")], ["accuracy", Value("0.5 [0.4, 0.6]")]]).markdown() == (
         "|          | `a\\|b`         |\n|----------|----------------|\n| accuracy | 0.5 [0.4, 0.6] |")
-    assert Grid("t", [["x"], [Number("0.5 [0.4, 0.6]")]]).html().count("<small>[0.4, 0.6]</small>") == 1
+    assert Grid("t", [["x"], [Value("0.5 [0.4, 0.6]")]]).html().count("<small>[0.4, 0.6]</small>") == 1
     assert Paragraph(["of ", Code("a"), " and b"]).markdown() == "of `a` and b"
 
 

@@ -201,10 +201,10 @@ def test_missing_files_and_folders(tmp_path):
 
 
 def test_answers_that_cannot_be_compared_are_wrong_and_counted(tmp_path):
-    found = read(tmp_path, line(correct=..., answer="7" * 5000, reference="4"),
-                 line(correct=..., answer="7" * 5000, reference="4"), line(correct=..., answer="2+2", reference="4"))
-    assert found.unverifiable == 2 and found.correct.tolist() == [False, False, True] and found.group.tolist() == [0,
-        0, 1]
+    half = line(correct=..., answer="\\frac{1}{", reference="4")
+    found = read(tmp_path, half, half, line(correct=..., answer="2+2", reference="4"))
+    assert found.unverifiable == 2 and found.correct.tolist() == [False, False, True]
+    assert found.group.tolist() == [0, 0, 1]
 
 
 FIELDS = "id lpm logps correct reference answer response prompt sample length truncated token_confidence".split()
