@@ -9,7 +9,7 @@ VERL := .venv-verl/bin
 TRL ?= 1.0.0
 TRL_VENV := .venv-trl-$(TRL)
 
-.PHONY: demo test test-portable test-vllm test-verl test-trl lint notebooks export clean
+.PHONY: demo test test-portable test-vllm test-verl test-trl lint bench notebooks export clean
 
 demo: $(READY)       # train GRPO and CAPO side by side, a few minutes
 	$(BIN)/capo demo
@@ -25,6 +25,9 @@ test-verl: .venv-verl/.ready # the plugin of verl, in an environment of its own:
 
 test-trl: $(TRL_VENV)/.ready # another version of TRL, in an environment of its own: make test-trl TRL=1.9.2
 	$(TRL_VENV)/bin/python -m pytest tests/test_trl.py
+
+bench: $(READY)      # how long things take and what they hold, a table a script, a quarter of an hour on one core
+	for script in step logps growth imports auc; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 lint: $(READY)       # unused and undefined names, wide lines
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 `python benchmarks/coverage.py --runs 1000` prints a table and writes coverage.csv. The world: questions of random
 difficulty, eight responses each, a confidence that knows something of the question and of the response, answers that
-a vote can count. Two runs on the same questions do not differ (gain 0, the null), or do. A threshold is chosen by each run;
+a vote can count. Two runs on the same questions do not differ (gain 0, the null), or do. Each run chooses a threshold;
 what its interval claims is about that threshold, so its truth is what that threshold does among all questions.
 """
 import argparse

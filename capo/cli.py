@@ -21,7 +21,7 @@ import capo as _capo
 from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, final_numbers, make_base
 from .data import DATASETS, DataOptions
 from .folder import Broken, fingerprint, new_folder, notice, plot_runs, read_settings, same_run, settings
-from .logs import FORMATS
+from .logs import LOG_FORMATS
 from .report import report
 from .responses import convert
 from .rollout import HFSampler, VLLMSampler
@@ -312,7 +312,7 @@ def add_evaluate(commands: Any) -> None:
 
 def add_log_options(p: argparse.ArgumentParser) -> None:
     "What it takes to read somebody's log."
-    p.add_argument("--format", help=f"of the logs: {', '.join(f.name for f in FORMATS)}; by default recognised")
+    p.add_argument("--format", help=f"of the logs: {', '.join(f.name for f in LOG_FORMATS)}; by default recognised")
     p.add_argument("--column", action="append", default=[], metavar="FIELD=COLUMN",
                    help="which column is which field, such as correct=acc; confidence may be named several times")
     p.add_argument("--skip-bad", action="store_true", help="accept that lines which cannot be used are not counted")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from .evaluate import NUMBERS, Assessment, Comparison, Estimate, assess, chosen_questions, confidence_numbers
 from .evaluate import estimate, order_numbers, padded, paired
-from .page import RIGHT, WRONG, Block, Chart, Code, Example, Examples, Fold, Grid, Number, Paragraph, Picture
+from .page import RIGHT, WRONG, Piece, Chart, Code, Example, Examples, Fold, Grid, Value, Paragraph, Picture
 from .page import Report, bar, dot, drawn, line, save_report, shorten, visible, words_at
 from .responses import Responses, read_responses
 from .selective import precision_coverage
@@ -281,31 +281,31 @@ GROUPS = {
     "Whether its confidence is a probability": ("ece", "brier"),
     "What else": ("lpm", "length", "length_correlation", "truncated")}
 
-def number_tables(assessed: Mapping[str, Assessment]) -> list[Block]:
+def number_tables(assessed: Mapping[str, Assessment]) -> list[Piece]:
     "The numbers in their groups, those that some set has."
     first, head = next(iter(assessed.values())).responses, ["", *map(Code, short_names(list(assessed)))]
-    out: list[Block] = []
+    out: list[Piece] = []
     for title, keys in GROUPS.items():
         known = [k for k in keys if any(not a[k].note for a in assessed.values())]
-        rows = [[of_n(k, first), *(Number(a[k]) for a in assessed.values())] for k in known]
+        rows = [[of_n(k, first), *(Value(a[k]) for a in assessed.values())] for k in known]
         if rows: out.append(Fold(title, [Grid(title.lower().replace(" ", "_"), [head, *rows])]))
     return out
 
 ASKED = ("auc_mean", "pooled_auc", "prr", "ece", "brier") # of each confidence
 
-def confidence_table(name: str, a: Assessment) -> list[Block]:
+def confidence_table(name: str, a: Assessment) -> list[Piece]:
     "Each confidence of a set, and brevity, side by side; nothing if there is only one."
     r = a.responses
     if len(r.scores) < 2: return []
     def row(by: str) -> list[str]:
         of = r.by(by)
         found = order_numbers(of) | confidence_numbers(of)
-        return [by, *(Number(estimate(found[k], len(of), a.level, k != "ece")) for k in ASKED)]
-    short = ["brevity", Number(a["brevity_auc"]), Number(a["brevity_pooled"]), *[Number("–")] * 3]
+        return [by, *(Value(estimate(found[k], len(of), a.level, k != "ece")) for k in ASKED)]
+    short = ["brevity", Value(a["brevity_auc"]), Value(a["brevity_pooled"]), *[Value("–")] * 3]
     head = [Code(short_names([name])[0]), *(NUMBERS[k] for k in ASKED)]
     return [Fold("Which confidence to trust", [Grid("confidences", [head, *map(row, r.scores), short])])]
 
-def marked(e: Estimate) -> Number: return Number(str(e) + " *" * excludes_zero(e))
+def marked(e: Estimate) -> Value: return Value(str(e) + " *" * excludes_zero(e))
 
 def shared_with(name: str, c: Comparison) -> str:
     "Which questions a comparison is over."
@@ -313,7 +313,7 @@ def shared_with(name: str, c: Comparison) -> str:
     alone = f"{c.unmatched[0]} in the first only, {c.unmatched[1]} in {name} only"
     return f" {c.shared} questions are shared; {alone}{other}."
 
-def difference_table(compared: Mapping[str, Comparison], first: Responses) -> list[Block]:
+def difference_table(compared: Mapping[str, Comparison], first: Responses) -> list[Piece]:
     "Every difference to the first set, those marked whose interval excludes zero."
     if not compared: return []
     known = [k for k in NUMBERS if any(not c[k].note for c in compared.values())]
@@ -332,7 +332,7 @@ EXPLAINED = """Each number stands with its interval over questions. A question w
 wrong has no AUC and is left out of AUC-mean. An empty response is wrong and has no confidence; a question where nobody
 votes is not answered. exp(lpm) is a probability per token and not one of being right, so its ECE and Brier score mean
 less than its AUC; ECE has ten bins of equal width, closed on the right. RPC is over 4096 questions at most, the curves
-of votes over 1000."""
+of votes over 1000. An interval is left out where there are too few questions for it: 30 for votes, 100 for PRR."""
 
 LEFT = {"empty": "Empty, and wrong", "without answer": "Without an answer, and so without a vote",
         "unverifiable": "Not comparable with the reference, and wrong"}
@@ -348,7 +348,7 @@ def what_it_is_over(name: str, a: Assessment) -> Paragraph:
     said += "".join(f" {what}: {c[k]}." for k, what in LEFT.items() if c[k]) + FEW * (c["questions"] < 50)
     return Paragraph([Code(name), said + "".join(f" Odd: {n}." for n in a.responses.notes)])
 
-def unavailable(assessed: Mapping[str, Assessment]) -> list[Block]:
+def unavailable(assessed: Mapping[str, Assessment]) -> list[Piece]:
     "Why some numbers are missing, a reason once."
     why: dict[str, dict[str, None]] = {}
     for a in assessed.values():
@@ -357,7 +357,7 @@ def unavailable(assessed: Mapping[str, Assessment]) -> list[Block]:
     said = "; ".join(f"{', '.join(what)} ({note})" for note, what in why.items())
     return [Paragraph([f"Not available: {said}."])] if why else []
 
-def refusals(name: str, r: Responses) -> list[Block]:
+def refusals(name: str, r: Responses) -> list[Piece]:
     "A box that cannot be overlooked, and the lines."
     if not r.refused: return []
     said = f": {r.refused} lines could not be used and are missing from every number. " \
@@ -366,25 +366,25 @@ def refusals(name: str, r: Responses) -> list[Block]:
     return [Paragraph([Code(name), said], "box"), Fold("Lines that could not be used", [Grid("refused", rows)])]
 
 # %% ../nbs/24_report.ipynb #e3661531
-def compare_with_first(assessed: Mapping[str, Assessment]) -> tuple[dict[str, Comparison], list[Block]]:
+def compare_with_first(assessed: Mapping[str, Assessment]) -> tuple[dict[str, Comparison], list[Piece]]:
     "Each set against the first, and a sentence for each that asks other questions."
     (_, first), *others = assessed.items()
     compared: dict[str, Comparison] = {}
-    apart: list[Block] = []
+    apart: list[Piece] = []
     for name, a in others:
         try: compared[name] = paired(first, a)
         except ValueError as e: apart.append(Paragraph([Code(name), f" is not compared: {e}."]))
     return compared, apart
 
-def pictures(assessed: Mapping[str, Assessment]) -> list[Block]:
+def pictures(assessed: Mapping[str, Assessment]) -> list[Piece]:
     "Those below the first."
-    found: list[Block] = [draw_auc(assessed), *filter(None, [draw_reliability(assessed)])]
+    found: list[Piece] = [draw_auc(assessed), *filter(None, [draw_reliability(assessed)])]
     for i, (k, a) in enumerate(assessed.items()):
         if a.counts["most"] > 1: found.append(draw_votes(k, a.responses, i))
         if a.responses.score.isfinite().any(): found.append(draw_confidence(k, a.responses, i))
     return [Fold("More pictures", found), Fold("How to read the numbers", [Paragraph([" ".join(EXPLAINED.split())])])]
 
-def surprises(assessed: Mapping[str, Assessment]) -> list[Block]:
+def surprises(assessed: Mapping[str, Assessment]) -> list[Piece]:
     "Examples of each set."
     shown = {k: [e for right in (False, True) for e in examples(a.responses, right)] for k, a in assessed.items()}
     title = lambda k: "Responses that surprise" + f": {short_names([k])[0]}" * (len(assessed) > 1)
@@ -408,7 +408,7 @@ def report(
     both = [verdict_of_two(k, first, c, a.responses) for k, c in compared.items()]
     said = both if len(of) > 1 else list(each.values())
     refused = [refusals(k, r) for k, r in of.items()]
-    blocks: list[Block] = [*(x for f in refused for x in f[:1]), *(Paragraph([v], "verdict") for v in said)]
+    blocks: list[Piece] = [*(x for f in refused for x in f[:1]), *(Paragraph([v], "verdict") for v in said)]
     blocks.append(draw_risk(assessed))
     blocks += [*apart, *(Paragraph([Code(k), f": {v}"]) for k, v in each.items() if len(of) > 1)]
     blocks += [*difference_table(compared, a.responses), *number_tables(assessed)]

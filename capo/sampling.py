@@ -83,7 +83,8 @@ class _OwnCache:
         self.model, self.seen, position = model, prompt_mask, _positions(model, prompt_mask)
         inputs = {"input_ids": prompt_ids, "attention_mask": prompt_mask, "logits_to_keep": 1} | position
         out = model(**inputs, use_cache=True)
-        self.cache, self.logits = getattr(out, "past_key_values", None), out.logits[:, -1]
+        self.cache: Any = getattr(out, "past_key_values", None)
+        self.logits = out.logits[:, -1]
         if not hasattr(self.cache, "reorder_cache"):
             raise ValueError(f"{type(model).__name__} has no key–value cache, which HFSampler needs")
         self.position, self.of = {k: v[:, -1:] for k, v in position.items()}, torch.arange(len(prompt_ids))
@@ -102,7 +103,8 @@ class _OwnCache:
 class _Room:
     "Prompts and what follows them as keys and values that we keep; a reader, as `Branches` is one."
     def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, rows: int, tokens: int):
-        self.lm, self.found, row = _lm(model), anatomy(model), Branches(prompt_ids.device)
+        found: Any = anatomy(model)
+        self.lm, self.found, row = _lm(model), found, Branches(prompt_ids.device)
         self.most = rows, tokens                                              # there will not be more
         number: dict[tuple[int, ...], int] = {}                               # the same prompt twice is one prompt
         asked = [tuple(ids[-n:]) for n, ids in zip(prompt_mask.sum(-1).tolist(), prompt_ids.tolist())]
@@ -110,7 +112,7 @@ class _Room:
         self.of, row.memory = tensor([number.setdefault(x, len(number)) for x in asked]), []
         stem = stems(row, list(number))
         last = tensor([start + n - 1 for start, n in zip(stem.starts, stem.lengths)])
-        self.logits = self.found.logits(_read(self.found, self.lm, row)[last])
+        self.logits = found.logits(_read(found, self.lm, row)[last])
         self.pairs, self.seen, self.position = row.memory, stem.seen, tensor(stem.ends) - 1
         self.top, self.used = stem.seen.shape                                 # places and columns that are taken
         self.places = torch.arange(self.top, device=row.device)
@@ -153,7 +155,8 @@ def _attend_places(self: _Room, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> 
     for kept, new in zip(pair, (k, v)): kept[self.places, :, self.used - 1] = new
     queries = q.new_zeros(self.top, k.shape[1], q.shape[1] // k.shape[1], q.shape[2])   # heads that share keys together
     queries[self.places] = q.view(len(q), *queries.shape[1:])
-    out = _attend(queries, *(x[:self.top, :, :self.used] for x in pair), self.mask, **how)
+    keys, values = (x[:self.top, :, :self.used] for x in pair)
+    out = _attend(queries, keys, values, self.mask, **how)
     return out.flatten(1, 2)[self.places]
 
 _Room.attend = _attend_places # type: ignore[attr-defined]
@@ -173,7 +176,8 @@ def sample(
     B, G, T = u.shape
     reader, every = _reader(model, prompt_ids, prompt_mask, B * G, T), patience(u.device)
     state, row = reader.of.to(u.device).repeat_interleave(G).sort(stable=True)
-    over, u, out, logits = torch.zeros_like(row, dtype=torch.bool), u.flatten(0, 1), {}, reader.logits[state]
+    out: dict[str, Tensor] = {}
+    over, u, logits = torch.zeros_like(row, dtype=torch.bool), u.flatten(0, 1), reader.logits[state]
     for t in range(T):
         new = next_tokens(logits, u[row, t], temperature, top_k) | {"mask": torch.ones_like(row)}
         for k, v in new.items(): out.setdefault(k, v.new_zeros(B * G, T))[row, t] = v.where(~over[row], 0)
@@ -181,6 +185,7 @@ def sample(
         token, look = new["response_ids"], (t + 1) % every == 0
         if look: row, token, state = (x[~over[row]] for x in (row, token, state))
         if t + 1 == T or not len(row): break
+        rows: Tensor | None
         if every == 1: token, rows, state, row = _parted(token, state, row, logits.shape[1])
         else: rows, state = state if look or not t else None, torch.arange(len(row), device=row.device)
         logits = reader.step(token, rows)

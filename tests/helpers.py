@@ -60,7 +60,8 @@ def responses(lpm, correct, valid, answers=None, **columns):
     group = answers if answers is not None else correct.long()
     def row(b, g):
         answer = None if group[b, g] < 0 else str(group[b, g].item())
-        own = {"id": b, "response": f"{lpm[b, g]:.3f}", "answer": answer, "correct": bool(correct[b, g]), "lpm": lpm[b, g].item()}
+        own = {"id": b, "response": f"{lpm[b, g]:.3f}", "answer": answer, "correct": bool(correct[b, g]),
+               "lpm": lpm[b, g].item()}
         return own | {k: v[b, g].item() for k, v in columns.items()}
     return gather(row(b, g) for b, g in valid.nonzero().tolist())
 

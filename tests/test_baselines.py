@@ -241,3 +241,10 @@ def test_cispo_and_simko_written_out(seed, cap):
             share = .01 if fork[t] and A[i] > 0 else 0
             want = kept * boosted * rho[i, t] * (1 - share)
             assert -grad[i, t] * n == pytest.approx(want.item(), abs=1e-6)
+
+
+@given(st.permutations(range(5)))
+def test_the_less_likely_a_right_answer_the_more_it_earns(order):
+    r = rollouts(-torch.tensor([order]) / 10 - .1, torch.tensor([[1, 1, 1, 1, 0]]))
+    want = [1 - .25 * sorted(r.lpm[0].tolist()).index(x) / 5 for x in r.lpm[0].tolist()[:4]] + [0]
+    assert torch.allclose(made("unlikeliness").advantage(r, 1), grpo_advantage(torch.tensor([want])), atol=1e-5)

@@ -50,7 +50,8 @@ def complaint(capsys, *argv, code=2):
 def files(): return sorted(str(p) for p in Path().rglob("*") if p.is_file() and p.name != "sums.jsonl")
 
 
-REPORT = sorted(["auc.svg", "confidence_0.svg", "report.html", "report.md", "risk_coverage.svg", "summary.json", "votes_0.svg"])
+REPORT = sorted(["auc.svg", "confidence_0.svg", "report.html", "report.md", "risk_coverage.svg", "summary.json",
+                 "votes_0.svg"])
 
 
 def test_from_a_model_to_a_report(capsys):
@@ -240,7 +241,8 @@ def test_a_report_of_two_files(capsys):
 
 def test_a_report_of_a_file_with_flaws(capsys):
     recorded("a.jsonl", extra='{"id": 1}\nx\n')
-    assert "2 lines could not be used, and nothing counts them" in complaint(capsys, "report", "a.jsonl", "--out", "new", code=1)
+    assert "2 lines could not be used, and nothing counts them" in complaint(capsys, "report", "a.jsonl", "--out",
+        "new", code=1)
     assert "a.jsonl, line 16: it has neither correct nor reference" in Path("new/report.md").read_text()
     assert main(["report", "a.jsonl", "--skip-bad"]) == 0
     said = capsys.readouterr().out
@@ -249,15 +251,18 @@ def test_a_report_of_a_file_with_flaws(capsys):
 
 def test_labels_of_plus_and_minus_one_lose_no_line(capsys):
     Path("a.csv").write_text("q,acc,p\n" + "".join(f"{i},{1 if i % 4 else -1},{i / 40}\n" for i in range(40)))
-    assert main(["report", "a.csv", "--column", "id=q", "--column", "correct=acc", "--column", "confidence=p", "--csv", "--out", "new"]) == 0
+    assert main(["report", "a.csv", "--column", "id=q", "--column", "correct=acc", "--column", "confidence=p", "--csv",
+                 "--out", "new"]) == 0
     assert json.loads(Path("new/summary.json").read_text())["sets"]["a"]["numbers"]["accuracy"]["value"] == .75
-    assert Path("new/how_often_it_is_right.csv").exists() and "column must be FIELD=COLUMN" in complaint(capsys, "report", "a.csv", "--column", "id")
+    assert Path("new/how_often_it_is_right.csv").exists()
+    assert "column must be FIELD=COLUMN" in complaint(capsys, "report", "a.csv", "--column", "id")
 
 
 def test_a_log_is_converted(capsys):
     recorded("a.jsonl", extra="x\n")
     assert "1 lines could not be used" in complaint(capsys, "convert", "a.jsonl", "b.jsonl.gz", code=1)
-    assert main(["convert", "a.jsonl", "b.jsonl.gz", "--skip-bad"]) == 0 and len(read_responses("b.jsonl.gz").text) == 15
+    assert main(["convert", "a.jsonl", "b.jsonl.gz", "--skip-bad"]) == 0
+    assert len(read_responses("b.jsonl.gz").text) == 15
 
 
 @pytest.mark.parametrize("content, words", [

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from capo.calibration import group_auc
-from capo.evaluate import (NUMBERS, Missing, Responses, Table, accuracy, assess, auc_of_each, blocks, counts, evaluate, most_confident,
-                           padded, paired, statistics)
-from capo.interval import (Statistic, bootstrap, correlation, influence, interval, mean_of, mean_over, ranked, resamples, student,
+from capo.evaluate import (NUMBERS, Missing, Responses, Table, accuracy, assess, auc_of_each, blocks, evaluate,
+                           most_confident, padded, paired, statistics)
+from capo.interval import (bootstrap, correlation, influence, interval, question_mean, mean_over, ranked,
+                           resamples, student,
                            weighted_area, weighted_auc, weighted_ece, weighted_prr, wilson)
 from capo.responses import gather
 from capo.rollout import Rollouts
@@ -43,7 +44,8 @@ def test_every_number_of_the_report(case, seed):
     lengths = torch.randint(1, 4, valid.shape, generator=torch.Generator().manual_seed(seed)) * valid
     mask = (torch.arange(3) < lengths[..., None]).long()
     B, G = valid.shape
-    r = Rollouts(torch.ones(B, 1, dtype=torch.long), torch.ones(B, 1, dtype=torch.long), mask, mask, lpm[..., None] * mask,
+    r = Rollouts(torch.ones(B, 1, dtype=torch.long), torch.ones(B, 1, dtype=torch.long), mask, mask,
+                 lpm[..., None] * mask,
                  (correct & valid).float(), lengths == 3, [[""] * G] * B)
     found = evaluate(r)
     aucs = [a for s, c, v in zip(lpm, correct, valid) if not math.isnan(a := sklearn_auc(s[v], c[v]))]
@@ -51,9 +53,11 @@ def test_every_number_of_the_report(case, seed):
     weighted = sum(p * sklearn_auc(s[v], c[v]) for p, s, c, v in zip(pairs, lpm, correct, valid) if p)
     nan_mean = lambda x: x[~x.isnan()].mean().item()
     want = {"accuracy": (correct & valid).float().mean().item(), "auc_mean": mean(aucs), "mixed_questions": len(aucs),
-            "pair_auc": weighted / sum(pairs) if sum(pairs) else math.nan, "pooled_auc": sklearn_auc(lpm[valid], correct[valid]),
+            "pair_auc": weighted / sum(pairs) if sum(pairs) else math.nan,
+            "pooled_auc": sklearn_auc(lpm[valid], correct[valid]),
             "most_confident": nan_mean(most_confident(lpm, correct, valid)), "lpm": lpm[valid].mean().item(),
-            "entropy": -(lpm * lengths).sum().item() / lengths.sum().item(), "length": lengths[valid].float().mean().item(),
+            "entropy": -(lpm * lengths).sum().item() / lengths.sum().item(),
+            "length": lengths[valid].float().mean().item(),
             "truncated": (lengths == 3)[valid].float().mean().item()}
     assert list(found) == list(want)
     same(list(found.values()), list(want.values()), 1e-5)
@@ -64,13 +68,15 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_law():
     for level, z in ((.95, 1.96), (.5, .674)):
         low, high = bootstrap(lambda d: d.mean(), x, n=4000, level=level)
         half = z * x.std().item() / 20
-        assert low == pytest.approx(x.mean().item() - half, abs=.1 * half) and high == pytest.approx(x.mean().item() + half, abs=.1 * half)
+        assert low == pytest.approx(x.mean().item() - half,
+                                    abs=.1 * half) and high == pytest.approx(x.mean().item() + half, abs=.1 * half)
 
 
 def test_the_interval_depends_on_the_seed_alone():
     x = torch.arange(20.)
     before = torch.get_rng_state()
-    assert bootstrap(torch.mean, x, n=50, seed=1) == bootstrap(torch.mean, x, n=50, seed=1) != bootstrap(torch.mean, x, n=50, seed=2)
+    assert bootstrap(torch.mean, x, n=50, seed=1) == bootstrap(torch.mean, x, n=50, seed=1) != bootstrap(torch.mean,
+        x, n=50, seed=2)
     assert torch.get_rng_state().equal(before)
 
 
@@ -117,7 +123,8 @@ def test_a_weight_is_that_many_copies(case, weights, seed):
     valid[0, 0] = True
     B, G = valid.shape
     g = torch.Generator().manual_seed(seed)
-    r = responses(lpm, correct, valid, torch.randint(-1, 3, (B, G), generator=g), length=torch.randint(1, 9, (B, G), generator=g),
+    r = responses(lpm, correct, valid, torch.randint(-1, 3, (B, G), generator=g),
+                  length=torch.randint(1, 9, (B, G), generator=g),
                   token_confidence=-lpm.double(), truncated=torch.rand(B, G, generator=g) < .2)
     weights = torch.tensor(weights[:len(r)])
     copies = r[torch.arange(len(r)).repeat_interleave(weights).tolist()]
@@ -162,7 +169,7 @@ def test_the_correlation_is_numpys_and_nan_for_a_constant():
 
 def test_fast_and_plain_bootstrap_draw_the_same():
     x = torch.rand(30, generator=torch.Generator().manual_seed(0))
-    drawn = mean_of(x)(resamples(30, 200, seed=3)).quantile(torch.tensor([.025, .975]).double()).tolist()
+    drawn = question_mean(x)(resamples(30, 200, seed=3)).quantile(torch.tensor([.025, .975]).double()).tolist()
     same(drawn, bootstrap(torch.mean, x, n=200, seed=3), 1e-6)
     assert resamples(30, 5).sum(1).tolist() == [30] * 5
 
@@ -171,7 +178,7 @@ def test_fast_and_plain_bootstrap_draw_the_same():
 
 def test_the_influences_of_a_mean_are_the_textbooks_variance():
     x = torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    value, moved = influence(mean_of(x), 40)
+    value, moved = influence(question_mean(x), 40)
     same(value, x.mean().item()); same(moved, (x - x.mean()) / 40)
     same(moved.square().sum().item() * 40 / 39, x.var().item() / 40)
 
@@ -192,14 +199,15 @@ def test_students_quantiles(df, t): assert student(df) == pytest.approx(t, rel=1
 
 
 def test_wilson_by_hand():
-    low, high = wilson(.9, 10, 1.96)                                             # p with |.9 − p| = 1.96 √(p (1 − p) / 10)
+    # p with |.9 − p| = 1.96 √(p (1 − p) / 10)
+    low, high = wilson(.9, 10, 1.96)
     for p in (low, high): assert abs(.9 - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / 10), abs=1e-9)
     assert wilson(1, 3, 1.96) == (pytest.approx(3 / (3 + 1.96**2)), 1)
 
 
 def test_zeros_and_ones_get_wilsons_interval_for_independent_replies():
     x = torch.tensor([1.] * 9 + [0.])
-    assert interval(*influence(mean_of(x), 10), 10, True) == pytest.approx(wilson(.9, 10, student(10**6)))
+    assert interval(*influence(question_mean(x), 10), 10, True) == pytest.approx(wilson(.9, 10, student(10**6)))
 
 
 def test_the_threshold_is_chosen_on_one_half_and_checked_on_the_other():
@@ -215,7 +223,8 @@ def test_the_threshold_is_chosen_on_one_half_and_checked_on_the_other():
     above = r.score[~choose] >= a.threshold
     same(a["coverage"].value, above.double().mean().item())
     same(a["precision"].value, r.correct[~choose][above].double().mean().item())
-    assert assess(r[shuffle(B, 1).tolist()], precision=.7).threshold == a.threshold  # whatever the order of the questions
+    # whatever the order of the questions
+    assert assess(r[shuffle(B, 1).tolist()], precision=.7).threshold == a.threshold
 
 
 @pytest.mark.parametrize("right, note", [(True, "all responses are right"), (False, "all responses are wrong")])
@@ -236,7 +245,8 @@ def test_one_question_has_no_interval_and_three_right_ones_are_not_certain():
 
 
 def test_empty_responses_are_wrong_and_have_no_confidence():
-    a = assess(gather([{"id": 1, "correct": 1, "lpm": -.5, "length": 5}] + [{"id": 1, "correct": 0, "length": 0, "lpm": 0}] * 3))
+    a = assess(gather([{"id": 1, "correct": 1, "lpm": -.5, "length": 5}] + [{"id": 1, "correct": 0, "length": 0,
+        "lpm": 0}] * 3))
     assert a["accuracy"].value == .25 and a["pass_at_n"].value == a["most_confident"].value == 1
     assert a.counts["empty"] == a.counts["without confidence"] == 3 and a["pooled_auc"].note
     nothing = assess(gather([{"id": i, "correct": 0, "length": 0} for i in (1, 1, 2, 2)]))
@@ -244,7 +254,8 @@ def test_empty_responses_are_wrong_and_have_no_confidence():
 
 
 def test_a_question_where_nobody_votes_is_not_answered():
-    rows = [{"id": 1, "correct": 1, "answer": "4"}, {"id": 1, "correct": 0, "answer": "5"}, {"id": 1, "correct": 1, "answer": "4"}]
+    rows = [{"id": 1, "correct": 1, "answer": "4"}, {"id": 1, "correct": 0, "answer": "5"},
+            {"id": 1, "correct": 1, "answer": "4"}]
     a = assess(gather(rows + [{"id": 2, "correct": 0, "answer": None}] * 3))
     assert a["majority"].value == .5
 
@@ -259,16 +270,20 @@ def test_unequal_counts_drop_no_question():
 
 def test_without_a_confidence_there_are_accuracy_pass_and_majority():
     a = assess(gather({"id": q, "correct": int(g == q), "answer": str(g)} for q in range(3) for g in range(3)))
-    assert a["accuracy"].value == pytest.approx(1 / 3) and a["pass_at_n"].value == 1 and a["majority"].value == pytest.approx(1 / 3)
-    assert {a[k].note for k in ("auc_mean", "prr", "most_confident", "ece")} == {"the responses come without a confidence"}
+    assert a["accuracy"].value == pytest.approx(1 / 3)
+    assert a["pass_at_n"].value == 1 and a["majority"].value == pytest.approx(1 / 3)
+    assert {a[k].note
+            for k in ("auc_mean", "prr", "most_confident", "ece")} == {"the responses come without a confidence"}
 
 
 def test_any_confidence_can_be_reported_on():
-    rows = [{"id": q, "correct": int(q % 3 > 0), "lpm": -.1 * (q % 4), "confidence": {"said": (q % 5) / 5, "judge": (q % 3) / 2}, "score": q} for q in range(30)]
+    rows = [{"id": q, "correct": int(q % 3 > 0), "lpm": -.1 * (q % 4),
+             "confidence": {"said": (q % 5) / 5, "judge": (q % 3) / 2}, "score": q} for q in range(30)]
     r = gather(rows)
     assert list(r.scores) == ["lpm", "score", "said", "judge"] and r.probabilities == ("said", "judge")
     a, b = assess(r.by("judge")), assess(r.by("score"))
-    assert a["pooled_auc"].value == 1 and a["brier"].value == pytest.approx(np.mean([((q % 3) / 2 - (q % 3 > 0)) ** 2 for q in range(30)]))
+    assert a["pooled_auc"].value == 1 and a["brier"].value == pytest.approx(np.mean([((q % 3) / 2 - (q % 3 > 0)) ** 2
+        for q in range(30)]))
     assert b["ece"].note == "score is no probability" and b["lpm"].value == pytest.approx(-.15, abs=.02)
     with pytest.raises(ValueError, match="there is no confidence x"): r.by("x")
 
@@ -287,18 +302,21 @@ def test_one_long_question_costs_its_own_length():
     question = torch.cat([torch.arange(300).repeat_interleave(8), torch.full((20_000,), 300)])
     n = len(question)
     group, lpm = torch.randint(-1, 4, (n,), generator=g), -torch.rand(n, generator=g).double()
-    r = Responses([str(i) for i in range(301)], [""] * 301, [None] * 301, question, [""] * n, torch.arange(n), [None] * n, group, group == 0, {"lpm": lpm})
+    r = Responses([str(i) for i in range(301)], [""] * 301, [None] * 301, question, [""] * n, torch.arange(n),
+                  [None] * n, group, group == 0, {"lpm": lpm})
     assert assess(r)["auc_mean"].value == pytest.approx(.5, abs=.05)            # squared and padded it would take 6 GB
 
 
 def test_a_table_shows_itself():
     t = Table([{"a|b": "x\ny", "n": torch.tensor(.12345)}, {"n": math.nan, "more": 3}])
-    assert t._repr_markdown_() == "| a\\|b | n | more |\n|---|---|---|\n| x y | 0.123 |  |\n|  | – | 3 |" and repr(t).startswith("a|b")
+    assert t._repr_markdown_() == "| a\\|b | n | more |\n|---|---|---|\n| x y | 0.123 |  |\n|  | – | 3 |"
+    assert repr(t).startswith("a|b")
 
 
 def test_a_run_against_itself_does_not_differ():
     r, _ = two_runs()
-    for k, e in paired(assess(r), assess(r)).differences.items(): assert e.note or (e.value == 0 and math.isnan(e.low)), k
+    for k, e in paired(assess(r), assess(r)).differences.items(): assert e.note or (e.value == 0
+        and math.isnan(e.low)), k
 
 
 def test_thresholds_are_compared_without_an_interval():
@@ -308,8 +326,11 @@ def test_thresholds_are_compared_without_an_interval():
 
 
 def test_unrelated_questions_under_the_same_numbers_are_not_compared():
-    ask = lambda words, right: assess(gather({"id": i, "prompt": f"{words} {i}?", "reference": str(right + i), "correct": i % 2, "lpm": -.5} for i in range(10)))
-    with pytest.raises(ValueError, match="of 10 question ids that both sets have, only 0 ask the same"): paired(ask("What is", 0), ask("How far is", 100))
+    ask = lambda words, right: assess(gather({"id": i, "prompt": f"{words} {i}?", "reference": str(right + i),
+                                              "correct": i % 2, "lpm": -.5} for i in range(10)))
+    with pytest.raises(ValueError,
+                       match="of 10 question ids that both sets have, only 0 ask the same"): paired(ask("What is", 0),
+                           ask("How far is", 100))
     assert paired(ask("What is", 0), ask("Please: what is", 0)).shared == 10     # another template, the same references
 
 
@@ -332,6 +353,7 @@ def test_questions_that_only_one_run_has_are_counted():
 
 
 @pytest.mark.parametrize("options, words", [({"level": 95}, "level must lie"), ({"level": math.nan}, "level must"),
-                                            ({"precision": 90}, "precision must lie in"), ({"precision": 0}, "precision")])
+                                            ({"precision": 90}, "precision must lie in"),
+                                            ({"precision": 0}, "precision")])
 def test_bad_options(options, words):
     with pytest.raises(ValueError, match=words): assess(two_runs()[0], **options)

@@ -1,4 +1,4 @@
-"""Six runs that go wrong on purpose, below a healthy one, as the last section of 33_run shows them: symptoms.py [--out FILE]
+"""Six runs that go wrong on purpose, below a healthy one, for the last section of 33_run: symptoms.py [--out FILE]
 
 Twenty steps of the shipped model each, three seeds, one thread: some minutes. A row of the file is a run; a column of
 the log is its mean over the last three steps.
