@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mean_logp', 'perplexity', 'gather_logps', 'head_logps', 'Anatomy', 'at_rest', 'anatomy', 'rows_of', 'token_logps',
-           'Block', 'Branches', 'stems', 'shared_logps', 'shares']
+           'Block', 'Branches', 'stems', 'shared_logps', 'can_share']
 
 # %% ../nbs/02_logprob.ipynb #4eedcafe
 import inspect, os
@@ -396,7 +396,7 @@ def _by_length(lengths: Sequence[int], least: int = 16) -> list[list[int]]:
 
 # %% ../nbs/02_logprob.ipynb #39753ee8
 def shared_logps(
-    model: nn.Module,                   # one that `shares`
+    model: nn.Module,                   # one that `can_share`
     prompts: Sequence[Sequence[int]],   # tokens of each
     responses: Sequence[Sequence[int]], # tokens of each
     parent: Sequence[int],              # the prompt of each response
@@ -438,7 +438,7 @@ def _reads_branches(found: Anatomy, model: nn.Module) -> bool:
     return _close(mine, torch.cat(wanted))
 
 # %% ../nbs/02_logprob.ipynb #6ca861b1
-def shares(
+def can_share(
     model: nn.Module, # a causal model of transformers
     longest: int = 0, # tokens of the longest prompt with its response
 ) -> bool:

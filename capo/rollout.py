@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from .logprob import at_rest, mean_logp, perplexity, shared_logps, shares, token_logps
-from .sampling import merged, sample, splitmix, uniforms
+from .logprob import at_rest, mean_logp, perplexity, shared_logps, can_share, token_logps
+from .sampling import adapter_added, sample, splitmix, uniforms
 from .task import Problem
 
 # %% ../nbs/12_rollout.ipynb #5b3bd186
@@ -87,7 +87,7 @@ def rollout_logps(
     (B, G, T), mask = rollouts.mask.shape, rollouts.mask.bool()
     asked, answered = rollouts.prompt_mask.sum(-1).tolist(), rollouts.mask.sum(-1).flatten().tolist()
     whole = not (mask[..., 1:] & ~mask[..., :-1]).any()                      # a response is its first tokens
-    if not whole or not shares(model, max(asked) + max(answered)):
+    if not whole or not can_share(model, max(asked) + max(answered)):
         return plain_rollout_logps(model, rollouts, temperature)
     prompts = [ids[-n:] for n, ids in zip(asked, rollouts.prompt_ids.tolist())]
     responses = [ids[:n] for n, ids in zip(answered, rollouts.response_ids.flatten(0, 1).tolist())]
@@ -209,7 +209,7 @@ class HFSampler:
         device, whole = next(self.model.parameters()).device, dict[str, Tensor]()
         batch = _tokenize(self.tokenizer, prompts, n).to(device)
         ended = _ending(self.tokenizer, _eos_ids(self.model, self.tokenizer), self.stop, device)
-        with at_rest(self.model), merged(self.model):
+        with at_rest(self.model), adapter_added(self.model):
             for b, g in self.batches(batch.attention_mask.sum(-1).tolist(), n):
                 P = int(batch.attention_mask[b].sum(-1).max())
                 u = uniforms(seed, b + self.first, g, self.max_new_tokens).to(device)
