@@ -9,9 +9,8 @@ import torch
 from capo import cli
 from capo.grpo import clipped_loss, kl_penalty
 from capo.logprob import shares
-from capo.recipe import Recipe, capo, grpo, grpo_size
+from capo.recipe import Recipe, capo, grpo, grpo_size, together
 from capo.folder import LOGS, Checkpoints, Logs, TensorBoardLog
-from capo.processes import together
 from capo.rollout import HFSampler, cut_by_tokens, parts, rollout, rollout_logps, score
 from capo.keep import keeping
 from capo.run import RunConfig
