@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from .logprob import at_rest, mean_logp, perplexity, shared_logps, can_share, token_logps
-from .sampling import with_adapters_added, sample, splitmix, uniforms
+from .sampling import adapter_added, sample, splitmix, uniforms
 from .task import Problem
 
 # %% ../nbs/12_rollout.ipynb #5b3bd186
@@ -209,7 +209,7 @@ class HFSampler:
         device, whole = next(self.model.parameters()).device, dict[str, Tensor]()
         batch = _tokenize(self.tokenizer, prompts, n).to(device)
         ended = _ending(self.tokenizer, _eos_ids(self.model, self.tokenizer), self.stop, device)
-        with at_rest(self.model), with_adapters_added(self.model):
+        with at_rest(self.model), adapter_added(self.model):
             for b, g in self.batches(batch.attention_mask.sum(-1).tolist(), n):
                 P = int(batch.attention_mask[b].sum(-1).max())
                 u = uniforms(seed, b + self.first, g, self.max_new_tokens).to(device)

@@ -11,7 +11,7 @@ import capo.sampling
 from capo.logprob import can_share
 from capo.rollout import (HFSampler, Rollouts, VLLMSampler, corrected, cut_by_tokens, grade, mismatch,
                           plain_rollout_logps, rollout, rollout_logps, score)
-from capo.sampling import draw, with_adapters_added, splitmix, uniforms
+from capo.sampling import draw, adapter_added, splitmix, uniforms
 from capo.task import Problem, arithmetic_tokenizer
 from helpers import V, each_model, model_of
 
@@ -343,8 +343,8 @@ def test_an_adapter_is_added_while_sampling_and_the_weights_are_left_as_they_wer
     assert all(p.equal(before[k]) for k, p in model.named_parameters())
     assert not any(getattr(m, "merged", False) for m in model.modules())
     with torch.no_grad(): torch.testing.assert_close(plain_rollout_logps(model, r), r.logp, rtol=0, atol=1e-4)
-    with with_adapters_added(model): assert any(not p.equal(before[k]) for k, p in model.named_parameters())
-    with with_adapters_added(model.bfloat16()): assert not any(getattr(m, "merged", False) for m in model.modules())
+    with adapter_added(model): assert any(not p.equal(before[k]) for k, p in model.named_parameters())
+    with adapter_added(model.bfloat16()): assert not any(getattr(m, "merged", False) for m in model.modules())
 
 
 @each_model
