@@ -22,7 +22,6 @@ from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, final_number
 from .data import DATASETS, DataOptions
 from .folder import Broken, fingerprint, new_folder, notice, plot_runs, read_settings, same_run, settings
 from .logs import LOG_FORMATS
-from .processes import processes
 from .report import report
 from .responses import convert
 from .rollout import HFSampler, VLLMSampler
@@ -79,7 +78,6 @@ def run_train(a: argparse.Namespace, command: str) -> int:
     before = saved_settings(a.resume) if a.resume else read_settings(a.config) if a.config else {}
     config, out = settings(RunConfig, before | typed_fields(a, RunConfig)), a.resume or a.out or new_name("train")
     result = run(config, out, bool(a.resume), a.accept_changes)
-    if processes()[0]: return 0
     if result.stopped:
         again = f"capo train --resume {shlex.quote(str(out))}"
         print(f"\nStopped after step {result.step} of {config.steps}. Go on by:\n\n{again}")

@@ -9,14 +9,13 @@ __all__ = ['HARMLESS', 'learner_state', 'set_learner_state', 'random_state', 'se
 # %% ../nbs/29_keep.ipynb #d1c0f003
 import hashlib, json, math, random, signal, threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor, nn
 from .folder import Checkpoints, NonFiniteLoss, fingerprint, notice, read_rows, rewind
-from .processes import exchange, processes
 from .responses import write_whole
 from .task import Problem
 
@@ -172,7 +171,7 @@ def saving_bad_step(
     "Inside, a `NonFiniteLoss` leaves the rollouts and advantages of its update in `bad_step_N.pt`, and says so."
     try: yield
     except NonFiniteLoss as e:
-        if e.rollouts is None or processes()[0]: raise
+        if e.rollouts is None: raise
         path = Path(folder) / f"bad_step_{e.step}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         data = {k: v for k, v in vars(e.rollouts).items() if isinstance(v, (Tensor, list))}
@@ -183,7 +182,7 @@ def saving_bad_step(
 @dataclass
 class FolderKeeper:
     "The keeper of a run in a folder."
-    saved: Checkpoints | None    # None: another process has them
+    saved: Checkpoints           # of the run
     about: Mapping[str, Any]     # of `record`
     config: Any          # steps and `save_every`
     asked: Sequence[int]         # signals so far
@@ -195,17 +194,16 @@ class FolderKeeper:
     def begin(self, policy: Any, tokenizer: Any, learner: Any) -> int:
         "Loads the newest checkpoint, if the run goes on; returns its step."
         self.run = policy, tokenizer, learner
-        newest = self.saved.newest() if self.saved and self.resume else None
-        self.checkpoint = exchange(newest)[0]
+        self.checkpoint = self.saved.newest() if self.resume else None
         step = load_run(self.checkpoint, learner, self.about, self.accept_changes) if self.checkpoint else 0
-        if self.saved: write_whole(self.saved.folder / "config.json", json.dumps(asdict(self.config), indent=1) + "\n")
-        for x in self.told if self.saved and self.resume else (): rewind(x, step)
+        write_whole(self.saved.folder / "config.json", json.dumps(asdict(self.config), indent=1) + "\n")
+        for x in self.told if self.resume else (): rewind(x, step)
         return step
 
     def save(self, step: int) -> int:
         "Saves if it is time to; the number of the signal that asked to stop, or 0."
-        stop = max(exchange(max(self.asked, default=0)))
-        if self.saved and (stop or step == self.config.steps or step % self.config.save_every == 0):
+        stop = max(self.asked, default=0)
+        if stop or step == self.config.steps or step % self.config.save_every == 0:
             card = model_card(self.saved.folder, self.about, step)
             self.checkpoint = self.saved.save(step, lambda new: save_run(new, step, *self.run, self.about, card))
         return stop
@@ -227,8 +225,7 @@ def keeping(
     Raises `FileExistsError` for another run's checkpoints, `BlockingIOError` if a run is at work there."""
     if not config.save_every: raise ValueError("save_every is 0: a run without checkpoints cannot be kept or resumed")
     about = record(config, recipe, problems, model)
-    mine = Checkpoints(folder, config.keep) if processes()[0] == 0 else nullcontext()
-    with mine as saved, stopping() as asked, saving_bad_step(folder):
-        if saved and not resume and saved.all():
+    with Checkpoints(folder, config.keep) as saved, stopping() as asked, saving_bad_step(folder):
+        if not resume and saved.all():
             raise FileExistsError(f"{folder} has checkpoints of a run; resume it, or name a new folder")
         yield FolderKeeper(saved, about, config, asked, resume, accept_changes, told)

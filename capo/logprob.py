@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mean_logp', 'perplexity', 'gather_logps', 'head_logps', 'Anatomy', 'at_rest', 'anatomy', 'rows_of', 'token_logps',
-           'Block', 'Branches', 'stems', 'shared_logps', 'shares']
+           'Block', 'Branches', 'stems', 'shared_logps', 'can_share']
 
 # %% ../nbs/02_logprob.ipynb #4eedcafe
 import inspect, os
@@ -102,7 +102,7 @@ class _HeadLogps(torch.autograd.Function):
         return torch.cat(logps) if logps else hidden.new_zeros(0)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple: # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple:
         hidden, weight, bias, tokens, slopes = ctx.saved_tensors
         by_hidden = None if slopes is None else slopes * g[:, None].to(slopes.dtype)
         zeros = lambda x, i: torch.zeros_like(x) if ctx.needs_input_grad[i] else None
@@ -199,8 +199,9 @@ class _RowsOf(torch.autograd.Function):
         return x.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple: # type: ignore[override]
-        return g.new_zeros(ctx.n, *g.shape[1:]).index_copy_(0, *ctx.saved_tensors, g), None
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        rows, = ctx.saved_tensors
+        return g.new_zeros(ctx.n, *g.shape[1:]).index_copy_(0, rows, g), None
 
 def rows_of(
     x: Shaped[Tensor, "K ..."], # some rows
@@ -278,7 +279,7 @@ class _Places(torch.autograd.Function):
         return x.index_select(0, slots)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple: # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple:
         return g.index_select(0, *ctx.saved_tensors), None, None
 
 # %% ../nbs/02_logprob.ipynb #c20db61e
@@ -297,7 +298,10 @@ def _attend(
 class Branches:
     "Token sequences that branch off from one another, written into one row, and the attention within it."
     def __init__(self, device: Any = None):
-        self.device, self.tokens, self.positions, self.blocks = device, [], [], []
+        self.device = device
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.blocks: list[Block] = []
         self.memory: list[Any] | None = None                     # a list here gets each layer's keys and values
 
     def grow(self, sequences: Sequence[Sequence[int]], above: Block | None = None, parent: Sequence[int] = ()) -> Block:
@@ -313,7 +317,8 @@ class Branches:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Float[Tensor, "N H D"]:
         "Each of N tokens (N, H, D) sees those before it in its own sequence, and what that goes on from."
-        done, known = [], {}
+        done: list[Tensor] = []
+        known: dict[Block, list[Tensor]] = {}
         sizes = [sum(block.lengths) for block in self.blocks]
         for block, *qkv in zip(self.blocks, *(x.split(sizes) for x in (q, k, v))):
             queries, *pair = (_places(x, block) for x in qkv)
@@ -321,7 +326,7 @@ class Branches:
                 before = (x.index_select(0, block.parent) for x in known[block.above])
                 pair = [torch.cat(x, 2) for x in zip(before, pair)]
             known[block] = pair
-            out = _attend(queries, *pair, block.mask, **how).transpose(1, 2).flatten(0, 1)
+            out = _attend(queries, pair[0], pair[1], block.mask, **how).transpose(1, 2).flatten(0, 1)
             done.append(rows_of(out, block.home))
         if self.memory is not None: self.memory.append(pair)     # of the last block, with what precedes it
         return torch.cat(done)
@@ -391,7 +396,7 @@ def _by_length(lengths: Sequence[int], least: int = 16) -> list[list[int]]:
 
 # %% ../nbs/02_logprob.ipynb #39753ee8
 def shared_logps(
-    model: nn.Module,                   # one that `shares`
+    model: nn.Module,                   # one that `can_share`
     prompts: Sequence[Sequence[int]],   # tokens of each
     responses: Sequence[Sequence[int]], # tokens of each
     parent: Sequence[int],              # the prompt of each response
@@ -433,7 +438,7 @@ def _reads_branches(found: Anatomy, model: nn.Module) -> bool:
     return _close(mine, torch.cat(wanted))
 
 # %% ../nbs/02_logprob.ipynb #6ca861b1
-def shares(
+def can_share(
     model: nn.Module, # a causal model of transformers
     longest: int = 0, # tokens of the longest prompt with its response
 ) -> bool:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Advantage', 'Loss', 'Keep', 'Size', 'SUPPLIES', 'Recipe', 'trust', 'masked', 'mixture', 'grpo', 'paper_size',
-           'grpo_size', 'capo', 'question_of', 'reward_of', 'Likeliest', 'likeliest_of', 'supplied', 'questions',
-           'refilled', 'spare']
+           'grpo_size', 'capo', 'question_of', 'reward_of', 'Likeliest', 'likeliest_of', 'supplied', 'together',
+           'questions', 'refilled', 'spare']
 
 # %% ../nbs/30_recipe.ipynb #adb771e6
 import math, random
@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from .advantage import pairwise_advantage
 from .grpo import clipped_loss, grpo_advantage
 from .logprob import _positions
 from .mask import noise_mask
-from .processes import together
 from .rollout import Rollouts
 from .surrogate import logistic
 
@@ -155,6 +155,18 @@ def supplied(
 ) -> dict[str, Any]:
     "What the recipe's loss needs besides, by name."
     return {name: SUPPLIES[name](policy, part, rows, G, wanted) for name, wanted in recipe.needs.items()}
+
+# %% ../nbs/30_recipe.ipynb #1a2b3c4d
+def together(
+    batches: Sequence[Rollouts], # of different questions
+) -> Rollouts:
+    "One batch of all questions, padded to the longest prompt and the longest response."
+    P, T = (max(getattr(r, k).shape[-1] for r in batches) for k in ("prompt_mask", "mask"))
+    pad = lambda x: F.pad(x, (0, T - x.shape[-1])) if x.ndim == 3 else x
+    padded = [r.map(pad, prompt=lambda x: F.pad(x, (P - x.shape[-1], 0))) for r in batches]
+    tensors = [k for k, x in vars(padded[0]).items() if isinstance(x, Tensor)]
+    joined: dict[str, Any] = {k: torch.cat([getattr(r, k) for r in padded]) for k in tensors}
+    return replace(padded[0], text=sum((r.text for r in padded), []), **joined)
 
 # %% ../nbs/30_recipe.ipynb #33933db0
 def questions(r: Rollouts, index: Tensor) -> Rollouts:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from .logprob import at_rest, mean_logp, perplexity, shared_logps, shares, token_logps
-from .sampling import merged, sample, splitmix, uniforms
+from .logprob import at_rest, mean_logp, perplexity, shared_logps, can_share, token_logps
+from .sampling import adapter_added, sample, splitmix, uniforms
 from .task import Problem
 
 # %% ../nbs/12_rollout.ipynb #5b3bd186
@@ -87,7 +87,7 @@ def rollout_logps(
     (B, G, T), mask = rollouts.mask.shape, rollouts.mask.bool()
     asked, answered = rollouts.prompt_mask.sum(-1).tolist(), rollouts.mask.sum(-1).flatten().tolist()
     whole = not (mask[..., 1:] & ~mask[..., :-1]).any()                      # a response is its first tokens
-    if not whole or not shares(model, max(asked) + max(answered)):
+    if not whole or not can_share(model, max(asked) + max(answered)):
         return plain_rollout_logps(model, rollouts, temperature)
     prompts = [ids[-n:] for n, ids in zip(asked, rollouts.prompt_ids.tolist())]
     responses = [ids[:n] for n, ids in zip(answered, rollouts.response_ids.flatten(0, 1).tolist())]
@@ -104,7 +104,7 @@ def cut_by_tokens(
     "Rows in order of falling length, cut into parts; what exceeds the budget by itself is cut; one row is not."
     fits = lambda rows: len(rows) * (max(prompt[i] for i in rows) + max(response[i] for i in rows)) <= budget
     length = lambda rows: max(prompt[i] + response[i] for i in rows)
-    whole, out = True, []
+    whole, out = True, list[list[int]]()
     groups = [list(range(i, i + group)) for i in range(0, len(prompt), group)]
     for rows in sorted(groups, key=length, reverse=True):
         if whole and out and fits(out[-1] + rows): out[-1] += rows
@@ -206,10 +206,10 @@ class HFSampler:
     def __post_init__(self): _check_options(self.max_new_tokens, self.temperature, self.top_k, self.stop)
 
     def __call__(self, prompts: Sequence[str], n: int, seed: int = 0) -> Rollouts:
-        device, whole = next(self.model.parameters()).device, {}
+        device, whole = next(self.model.parameters()).device, dict[str, Tensor]()
         batch = _tokenize(self.tokenizer, prompts, n).to(device)
         ended = _ending(self.tokenizer, _eos_ids(self.model, self.tokenizer), self.stop, device)
-        with at_rest(self.model), merged(self.model):
+        with at_rest(self.model), adapter_added(self.model):
             for b, g in self.batches(batch.attention_mask.sum(-1).tolist(), n):
                 P = int(batch.attention_mask[b].sum(-1).max())
                 u = uniforms(seed, b + self.first, g, self.max_new_tokens).to(device)
@@ -321,7 +321,7 @@ def mismatch(
 RANKS = 8, 16, 32, 64, 128, 256, 320, 512 # of adapters, that vLLM makes room for
 
 def _started(
-    self: "VLLMSampler",
+    self: Any,
     model_path: str | Path,    # folder or hub name of the model
     tokenizer: Any = None,     # None: the model's
     max_new_tokens: int = 256, # budget of a response, its EOS included
@@ -346,7 +346,7 @@ def _started(
     self.first, self.device = 0, torch.device("cpu")
 
 # %% ../nbs/12_rollout.ipynb #8b21d4f6
-def _give_adapter(self: "VLLMSampler", policy: Any) -> None:
+def _give_adapter(self: Any, policy: Any) -> None:
     from vllm.lora.request import LoRARequest
     old, number = self.adapter, self.adapter.lora_int_id + 1 if self.adapter else 1
     path = f"{self.folder.name}/{number}"
@@ -357,13 +357,13 @@ def _give_adapter(self: "VLLMSampler", policy: Any) -> None:
         shutil.rmtree(old.lora_path)
     self.llm.llm_engine.add_lora(self.adapter)
 
-def _give_weights(self: "VLLMSampler", policy: Any) -> None:
+def _give_weights(self: Any, policy: Any) -> None:
     path = f"{self.folder.name}/model"
     policy.save_pretrained(path)
     self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
     self.llm.reset_prefix_cache()
 
-def _synced(self: "VLLMSampler", policy: Any) -> None:
+def _synced(self: Any, policy: Any) -> None:
     "From now on samples come from `policy`: its adapter is loaded, or without one its weights are."
     adapted = hasattr(policy, "peft_config")
     if adapted != bool(self.lora_rank):
@@ -372,12 +372,12 @@ def _synced(self: "VLLMSampler", policy: Any) -> None:
     self.device = next(policy.parameters()).device # where the rollouts go
 
 # %% ../nbs/12_rollout.ipynb #ad43f618
-def _asked(self: "VLLMSampler", prompts: list[list[int]], params: Any) -> list:
+def _asked(self: Any, prompts: list[list[int]], params: Any) -> list:
     "What the engine makes of these tokens."
     read = [{"prompt_token_ids": ids} for ids in prompts]
     return self.llm.generate(read, params, lora_request=self.adapter, use_tqdm=False)
 
-def _raw(self: "VLLMSampler", asked: list[list[int]], ids: list[list[int]]) -> list:
+def _raw(self: Any, asked: list[list[int]], ids: list[list[int]]) -> list:
     "Of each token the log-probabilities at temperature 1, its own and the likeliest's, by having the engine read it."
     from vllm import SamplingParams
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=self.top_k)
@@ -385,7 +385,7 @@ def _raw(self: "VLLMSampler", asked: list[list[int]], ids: list[list[int]]) -> l
     return [r.prompt_logprobs[-len(x):] for r, x in zip(read, ids)]
 
 # %% ../nbs/12_rollout.ipynb #cf65183a
-def _answers(self: "VLLMSampler", asked: list[list[int]], n: int, seed: int) -> list:
+def _answers(self: Any, asked: list[list[int]], n: int, seed: int) -> list:
     "n answers to each question, whose draws its number decides."
     from vllm import SamplingParams
     seeds = splitmix(torch.tensor(seed), torch.arange(len(asked)) + self.first) >> 2 & (1 << 61) - 1
@@ -395,7 +395,7 @@ def _answers(self: "VLLMSampler", asked: list[list[int]], n: int, seed: int) -> 
 
 def _confidence(top: dict, k: int) -> float: return -sum(sorted(p.logprob for p in top.values())[-k:]) / k
 
-def _sampled(self: "VLLMSampler", prompts: Sequence[str], n: int, seed: int = 0) -> Rollouts:
+def _sampled(self: Any, prompts: Sequence[str], n: int, seed: int = 0) -> Rollouts:
     batch = _tokenize(self.tokenizer, prompts, n).to(self.device)
     asked = [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask)]
     answers = _answers(self, asked, n, seed)
@@ -415,7 +415,9 @@ class VLLMSampler:
     """Samples with vLLM, from the model in a folder or on the hub, and from the policy once it was given to `sync`.
 
     Raises `ImportError` if vLLM is missing, and `ValueError` as `HFSampler` does."""
-    external = True # its log-probabilities come from another engine than the trainer's
+    llm: Any          # the engine
+    folder: Any       # where a policy's weights lie for it to read
+    external = True   # its log-probabilities come from another engine than the trainer's
     __init__, sync, __call__ = _started, _synced, _sampled
 
     def close(self) -> None:

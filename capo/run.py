@@ -26,12 +26,11 @@ from .folder import (LOGS, Broken, Checkpoints, CSVLog, Logs, Progress, Watch, a
                          notice, one_of, read_settings, rewind, sealed, symptoms)
 from .keep import keeping
 from .policy import check_context, starting_model
-from .processes import join_processes, processes
 from .recipe import Recipe, grpo_size, paper_size
 from .responses import write_whole
 from .rollout import HFSampler, Rollouts, VLLMSampler, rollout
 from .task import Problem
-from .train import TrainConfig, TrainResult, train
+from .train import TrainConfig, TrainResult, check_alone, train
 
 # %% ../nbs/33_run.ipynb #031ff203
 SIZES: dict[str, Any] = {"paper": paper_size, "grpo": grpo_size}
@@ -132,7 +131,6 @@ class Validation:
     def __call__(self, policy: nn.Module, step: int) -> dict[str, float]:
         sampler = self.sampler if hasattr(self.sampler, "sync") else self.sampler(policy)
         if sampler is self.sampler: sampler.sync(policy)
-        sampler.first = 0
         numbers = evaluate(rollout(sampler, self.problems, self.samples, self.verify, seed=10_000))
         self.log({"step": step} | numbers)
         return numbers
@@ -227,7 +225,7 @@ def with_own_base(model: Any, tokenizer: Any, config: RunConfig, out: Path) -> t
     "With adapter on_top, the merged model, saved as `base`, for the new adapter to name."
     if config.adapter != "on_top": return model, config
     base, model = out / "base", starting_model(model, config.adapter, config.lora_rank)
-    if not base.exists() and processes()[0] == 0:
+    if not base.exists():
         with sealed(base) as new: model.save_pretrained(str(new)); tokenizer.save_pretrained(str(new))
     model.name_or_path = str(base.resolve())
     return model, replace(config, adapter="")
@@ -244,7 +242,7 @@ class Samples:
 
     def advantage(self, r: Rollouts, step: int) -> Tensor:
         A = self.recipe.advantage(r, step)
-        if processes()[0] == 0 and (step - 1) % self.every == 0:
+        if (step - 1) % self.every == 0:
             with self.path.open("a", encoding="utf-8") as f:
                 for row in self.rows(r[:2], A[:2], step): f.write(json.dumps(row, ensure_ascii=False) + "\n")
         return A
@@ -273,10 +271,10 @@ def run(
     accept_changes: bool = False, # also if data, model, recipe or settings are not those of the checkpoint
 ) -> TrainResult:
     "Loads what the configuration names, and trains. Raises as `train` does; an error says how to go on."
-    join_processes()
+    check_alone()
     out, config = Path(out), absolute(config)
-    if not resume and processes()[0] == 0: check_free(out, f"go on with it by --resume {out}, or name a new folder")
-    say = (lambda line: notice(f"capo: {line}")) if processes()[0] == 0 else lambda line: None
+    if not resume: check_free(out, f"go on with it by --resume {out}, or name a new folder")
+    say = lambda line: notice(f"capo: {line}")
     asked, tokenizer = run_problems(config, say), task.load_tokenizer(config.model, config.trust_remote_code)
     if config.data != "arithmetic": check_references(asked[0], math_verify, say=say)
     problems, held_out = (short_enough(prompted(x, config, tokenizer), config, tokenizer) for x in asked)
@@ -297,22 +295,19 @@ def run_loaded(
     accept_changes: bool,    # as `run`
 ) -> TrainResult:
     "`run` with what it loads."
-    first, log, evaluation = processes()[0] == 0, None, None
     verifier = task.verify if config.data == "arithmetic" else math_verify
     engine = engine_of(config, tokenizer)
     samples = Samples(out / "samples.jsonl", config.recipe(), config.show_every or sys.maxsize, tokenizer)
-    if first:
-        out.mkdir(parents=True, exist_ok=True)
-        log, evals = logs_of(config, out, resume)
-    if first and held_out:
-        answers = engine or partial(HFSampler, tokenizer=tokenizer, max_new_tokens=config.max_new_tokens)
-        evaluation = Validation(held_out, config.validation_samples, answers, verifier, evals)
+    out.mkdir(parents=True, exist_ok=True)
+    log, evals = logs_of(config, out, resume)
+    answers = engine or partial(HFSampler, tokenizer=tokenizer, max_new_tokens=config.max_new_tokens)
+    evaluation = Validation(held_out, config.validation_samples, answers, verifier, evals) if held_out else None
     told, recipe = (log, evaluation, samples), config.recipe()
     with keeping(out, model, problems, recipe, config, resume, accept_changes, told) as keeper:
         model, numbers = with_own_base(model, tokenizer, config, out)
         recipe = samples.watched() if config.show_every else recipe
         result = train(model, tokenizer, problems, recipe, engine, verifier, evaluation, log, numbers, keeper)
-    for said in symptoms(result.rows) if first and result.rows else (): notice(f"capo: at the end, {said}")
+    for said in symptoms(result.rows) if result.rows else (): notice(f"capo: at the end, {said}")
     result.checkpoint = keeper.checkpoint
     return result
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'TrainConfig', 'batches', 'learning_rate', 'prepare', 'Learner', 'counted', 'accumulate', 'check_update',
            'update', 'shares', 'step_stats', 'TimeUp', 'within', 'Guarded', 'answered', 'own_logps', 'experience',
-           'referred', 'filled', 'Keeper', 'TrainResult', 'train', 'check_start', 'mean_of', 'fitted', 'sampler_of']
+           'referred', 'filled', 'Keeper', 'TrainResult', 'train', 'check_alone', 'check_start', 'mean_of', 'fitted',
+           'sampler_of']
 
 # %% ../nbs/32_train.ipynb #a54667d1
-import math, random, signal, threading, time
+import math, os, random, signal, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +24,6 @@ from .folder import NonFiniteLoss, at_least, not_negative, notice, one_of, posit
 from .grpo import clip_fraction, kl_penalty, policy_ratio
 from .policy import (ADAPTERS, DTYPES, budget_for, check_context, free_memory, has_adapter, is_exact, recomputing,
                          reference_logps, starting_model, trainable_dtype, with_lora)
-from .processes import add_up, exchange, own_share, processes, together
 from .recipe import Recipe, capo, refilled, spare, supplied
 from .rollout import HFSampler, Rollouts, Sampler, corrected, mismatch, parts, rollout, score, taught_logps
 from .task import Problem
@@ -37,7 +37,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = { # share of the way after the 
 class TrainConfig:
     "What a run is defined by, besides model, problems and recipe. Raises `ValueError` on a value out of range."
     steps: int = 400           # batches
-    questions: int = 64        # a batch, over all processes
+    questions: int = 64        # a batch
     group_size: int = 8        # responses to a question, G
     updates: int = 2           # optimiser steps a pass over a batch, each on its share of the questions
     epochs: int = 1            # passes over a batch
@@ -126,21 +126,19 @@ class Learner:
         self.masters = {k: wide(p) for k, p in self.weights.items()}
         self.copies = [(self.masters[k], p) for k, p in self.weights.items() if self.masters[k] is not p]
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=config.lr, weight_decay=config.weight_decay)
+        self.clear()
 
     def clear(self) -> None:
-        "Forgets the gradients of the last update."
-        self.optimizer.zero_grad()
+        "Gradients of zero, not None: AdamW goes on with its means also where an update brings nothing."
+        for m in self.masters.values(): m.grad = torch.zeros_like(m)
 
     def take(self) -> None:
         "Moves what a backward pass left in the weights to their masters."
         for master, w in self.copies:
-            if w.grad is None: continue
-            master.grad, w.grad = w.grad.float() + (0 if master.grad is None else master.grad), None
+            if w.grad is not None: master.grad, w.grad = master.grad + w.grad.float(), None
 
     def gradients(self) -> list[Tensor]:
         "Of every master, zero where nothing has come."
-        for m in self.masters.values():
-            if m.grad is None: m.grad = torch.zeros_like(m)
         return [m.grad for m in self.masters.values()]
 
     def clip(self) -> Tensor:
@@ -177,10 +175,10 @@ def accumulate(
     advantage: Float[Tensor, "B G"], # of one update
     config: TrainConfig,  # token budget and KL weight
 ) -> dict[str, float]:
-    "Adds the gradient of the update's loss; returns the loss, clip fraction, mean ratio and KL of all processes."
-    whole, mine, sums = r.mask.flatten(0, 1), own_share(len(r)), torch.zeros(6, dtype=torch.float64)
-    for rows, part in parts(r[mine], config.token_budget) if mine.start < mine.stop else []:
-        A, old, mask = advantage[mine].flatten()[rows], part.old_logp.flatten(0, 1), part.mask.flatten(0, 1)
+    "Adds the gradient of the update's loss; returns the loss, clip fraction, mean ratio and KL."
+    whole, sums = r.mask.flatten(0, 1), torch.zeros(6, dtype=torch.float64)
+    for rows, part in parts(r, config.token_budget):
+        A, old, mask = advantage.flatten()[rows], part.old_logp.flatten(0, 1), part.mask.flatten(0, 1)
         taught = (A != 0) | (config.kl > 0) | ("reward" in recipe.needs) # the rest has no gradient, but for a KL
         with recomputing(policy): logp = taught_logps(policy, part, taught.view_as(part.reward)).flatten(0, 1)
         weight = {} if part.weight is None else {"weight": part.weight.flatten(0, 1)}
@@ -191,7 +189,6 @@ def accumulate(
         if taught.any(): (loss + config.kl * kl).backward()
         learner.take()
         sums += torch.stack([loss.detach(), kl.detach(), *counted(logp.detach(), old, A, mask)]).cpu().double()
-    add_up(sums, *learner.gradients())
     loss, kl, clipped, live, ratio, tokens = sums.tolist()
     return {"loss": loss, "clipped": clipped / max(1, live), "ratio": ratio / max(1, tokens), "kl": kl}
 
@@ -300,11 +297,9 @@ def answered(
     config: TrainConfig,         # group size and seed
     step: int,                   # counted from 1
 ) -> Rollouts:
-    "This process's graded rollouts of a step. Raises `NonFiniteLoss` if the model gives NaN."
-    mine = own_share(len(problems))
+    "The graded rollouts of a step. Raises `NonFiniteLoss` if the model gives NaN."
     if hasattr(sampler, "sync"): sampler.sync(policy)
-    if hasattr(sampler, "first"): sampler.first = mine.start   # a question's draws do not depend on who answers it
-    try: return rollout(sampler, problems[mine], config.group_size, verify, seed=config.seed * 1_000_003 + step)
+    try: return rollout(sampler, problems, config.group_size, verify, seed=config.seed * 1_000_003 + step)
     except ValueError as e:
         if "NaN" not in str(e): raise
         raise NonFiniteLoss(f"sampling of step {step} failed: {e}", step) from e
@@ -331,16 +326,12 @@ def experience(
     config: TrainConfig,                                              # group size, seed, importance cap
     step: int,                                                        # counted from 1
 ) -> tuple[Rollouts, dict[str, float]]:
-    "The graded rollouts of a step, the same in every process, and what the log should know of how they came about."
+    "The graded rollouts of a step, and what the log should know of how they came about."
     r = answered(sampler, policy, problems, verify, config, step)
     apart = getattr(sampler, "external", False) or not is_exact(policy)
     r, extra = own_logps(r, policy, config) if apart else (r, {})
     if reference: r = referred(r, reference, config)
-    if processes()[1] == 1: return r, {"unverified": verify.take()} | extra
-    found = exchange((r.map(lambda x: x.cpu()), verify.take(), extra))
-    whole = together([r for r, *_ in found]).map(lambda x: x.to(r.mask.device))
-    return whole, {"unverified": sum(n for _, n, _ in found),
-                   **{k: sum(x[k] for *_, x in found) / len(found) for k in extra}}
+    return r, {"unverified": verify.take()} | extra
 
 def referred(r: Rollouts, reference: Callable[..., Tensor], config: TrainConfig) -> Rollouts:
     "The rollouts with the reference's log-probabilities, at temperature 1 and, for a KL, at that of sampling."
@@ -396,8 +387,8 @@ def train(
     keeper: Keeper | None = None,                                # where to begin, and what to save; None: nothing
 ) -> TrainResult:
     "Trains a policy by a recipe. Raises `ValueError`, `NonFiniteLoss`. (Paper, objective; 2402.03300.)"
-    check_start(problems, config)
-    recipe, verify, first = recipe or capo(), Guarded(verify, config.verify_seconds), processes()[0] == 0
+    check_start(problems)
+    recipe, verify = recipe or capo(), Guarded(verify, config.verify_seconds)
     policy = prepare(model, config)
     config = fitted(config, policy, tokenizer, problems)
     sampler = sampler or sampler_of(policy, tokenizer, config)
@@ -406,7 +397,7 @@ def train(
     result.step = keeper.begin(policy, tokenizer, learner) if keeper else 0
     learn_from = partial(experience, sampler, policy, verify=verify, reference=reference, config=config)
     def measure(step: int) -> None:
-        if evaluate and first: result.evals.append({"step": step} | evaluate(policy, step))
+        if evaluate: result.evals.append({"step": step} | evaluate(policy, step))
     for step, batch in islice(enumerate(batches(problems, config), 1), result.step, None):
         if (step - 1) % config.eval_every == 0: measure(step - 1)
         start = time.perf_counter()
@@ -415,7 +406,7 @@ def train(
         updates = [update(policy, learner, recipe, r[s], A[s], config, step) for s in shares(config)]
         row = {"step": step} | step_stats(r, recipe) | mean_of(updates) | extra
         result.rows.append(row | {"lr": learning_rate(step, config), "seconds": time.perf_counter() - start})
-        if log and first: log(result.rows[-1])
+        if log: log(result.rows[-1])
         result.step = step
         result.stopped = keeper.save(step) if keeper else 0
         if result.stopped: break
@@ -423,11 +414,16 @@ def train(
     return result
 
 # %% ../nbs/32_train.ipynb #3c9f5a24
-def check_start(problems: Sequence[Problem], config: TrainConfig) -> None:
+def check_alone() -> None:
+    "Raises `ValueError` if `torchrun` or `accelerate launch` has started this program several times."
+    n = int(os.environ.get("WORLD_SIZE") or 1)
+    if n == 1: return
+    raise ValueError(f"capo.train is one process, WORLD_SIZE is {n}: for several processes use capo.trl or capo.verl")
+
+def check_start(problems: Sequence[Problem]) -> None:
     "Raises `ValueError` for what `TrainConfig` cannot know."
+    check_alone()
     if not len(problems): raise ValueError("problems is empty: there is nothing to train on")
-    n, least = config.questions, processes()[1]
-    if n < least: raise ValueError(f"questions must be at least the number of processes, {least}; it is {n}")
 
 def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     "Column by column."

@@ -1,6 +1,8 @@
-"""What happens to a run that takes hours: it is killed, stopped, starved of disk, damaged, started twice. Each is tried, and the run is usable after.
+"""What happens to a run that takes hours: it is killed, stopped, starved of disk, damaged, started twice.
+Each is tried, and the run is usable after.
 
-Runs that die are forked from the test process, which is quick because everything is imported already. A run is killed at its n-th function call, so
+Runs that die are forked from the test process, which is quick because everything is imported already.
+A run is killed at its n-th function call, so
 that a random n is a random point of the run, a checkpoint's writing included, and the same one every time."""
 import hashlib
 import math
@@ -32,11 +34,13 @@ from capo.run import RunConfig, Validation, run
 from capo.train import NonFiniteLoss, TrainConfig, train
 from helpers import has_a_seven, model, problems, tokenizer
 
-tqdm.set_lock(threading.RLock())                                                    # its own is shared with children, and dies with one that holds it
+# its own is shared with children, and dies with one that holds it
+tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0
 
 TINY = TrainConfig(steps=6, questions=4, group_size=4, lr=1e-2, save_every=2, eval_every=2, keep=2)
-SHORT = dict(model="tiny", data="arithmetic", steps=4, questions=4, group_size=4, save_every=1, eval_every=2, method="grpo", verify_seconds=0.)
+SHORT = dict(model="tiny", data="arithmetic", steps=4, questions=4, group_size=4, save_every=1, eval_every=2,
+             method="grpo", verify_seconds=0.)
 
 
 def lucky(text, answer):
@@ -44,21 +48,24 @@ def lucky(text, answer):
     return has_a_seven(text, answer) and numpy.random.rand() < .9
 
 
-def go(folder, config=TINY, policy=None, recipe=capo(.5, 1.5, 20.), verify=lucky, resume=True, wrap=lambda f: f, data=problems,
+def go(folder, config=TINY, policy=None, recipe=capo(.5, 1.5, 20.), verify=lucky, resume=True, wrap=lambda f: f,
+       data=problems,
        accept_changes=False):
     "A run in a folder, or what is left of it, with its two logs."
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0); numpy.random.seed(0)
-    policy, evals, log = policy or model(), CSVLog(folder / "evals.csv", resume=True), CSVLog(folder / "log.csv", resume=True)
+    policy, evals, log = policy or model(), CSVLog(folder / "evals.csv", resume=True), CSVLog(folder / "log.csv",
+        resume=True)
     evaluation = wrap(Validation(problems[:3], 2, lambda policy: HFSampler(policy, tokenizer, 8), has_a_seven, evals))
     with keeping(folder, policy, data, recipe, config, resume, accept_changes, (log, evaluation)) as keeper:
-        result = train(policy, tokenizer, data, recipe, verify=verify, evaluate=evaluation, log=log, config=config, keeper=keeper)
+        result = train(policy, tokenizer, data, recipe, verify=verify, evaluate=evaluation, log=log, config=config,
+                       keeper=keeper)
         result.checkpoint = keeper.checkpoint
         return result
 
 
 def forked(f, during=lambda pid: None):
-    "Runs `f` in a child, which ends without the clean-up of pytest; its wait status as `os.waitstatus_to_exitcode` has it."
+    "Runs `f` in a child, which ends without the clean-up of pytest; its status by `os.waitstatus_to_exitcode`."
     sys.stdout.flush()
     if not (pid := os.fork()):
         code = 99
@@ -87,28 +94,33 @@ def calls(f, until=math.inf):
 
 
 def outcome(folder):
-    "What must be equal: the logs but for the times, and every byte of the last checkpoint's weights, moments and generators."
+    "What must be equal: the logs but for the times, and every byte of the last checkpoint's state."
     lines = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
     at = lines[0].index("seconds")
     last = Checkpoints(folder).all()[-1]
     assert damage(last) is None
-    state = {k: hashlib.sha256(x.numpy().tobytes()).hexdigest() for k, x in load_file(last / "state.safetensors").items()}
-    del state["random.python"]                                                      # from which the checks of types in tests draw, too
+    state = {k: hashlib.sha256(x.numpy().tobytes()).hexdigest() for k,
+             x in load_file(last / "state.safetensors").items()}
+    # from which the checks of types in tests draw, too
+    del state["random.python"]
     return [line[:at] + line[at + 1:] for line in lines], (folder / "evals.csv").read_text(), last.name, state
 
 
 def differences(folder, expected):
     "Which parts of the outcome are others; none is what we want."
     found = outcome(folder)
-    return [what for what, a, b in zip(("log.csv", "evals.csv", "name"), found, expected) if a != b] + [k for k in expected[3] if found[3].get(k) != expected[3][k]]
+    return [what for what, a, b in zip(("log.csv", "evals.csv", "name"), found, expected) if a != b] + [k
+        for k in expected[3] if found[3].get(k) != expected[3][k]]
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["full", "lora"])
 def whole(request, tmp_path_factory):
     "An uninterrupted run: its configuration, its number of calls, its outcome."
-    config, folder = replace(TINY, lora_rank=request.param, token_budget=40 * request.param), tmp_path_factory.mktemp("whole") / "run"
+    config, folder = replace(TINY, lora_rank=request.param,
+                             token_budget=40 * request.param), tmp_path_factory.mktemp("whole") / "run"
     go(folder, config)
-    return config, calls(lambda: go(folder.with_name("again"), config)), outcome(folder) # counted when everything is imported and warm
+    # counted when everything is imported and warm
+    return config, calls(lambda: go(folder.with_name("again"), config)), outcome(folder)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -116,8 +128,10 @@ def test_a_killed_run_goes_on_to_the_same_numbers(whole, seed, tmp_path):
     config, n, expected = whole
     rng, folder, kills = random.Random(seed), tmp_path / "run", []
     for _ in range(2):
-        at = rng.randrange(1000, n * 9 // 10)                                          # what is cached is not called again
-        kills.append(forked(lambda: calls(lambda: go(folder, config), at) and 0))  # a resumed run may end before its call `at`
+        # what is cached is not called again
+        at = rng.randrange(1000, n * 9 // 10)
+        # a resumed run may end before its call `at`
+        kills.append(forked(lambda: calls(lambda: go(folder, config), at) and 0))
     assert kills[0] == -signal.SIGKILL
     go(folder, config)
     assert not differences(folder, expected)
@@ -195,7 +209,8 @@ def test_a_signal_ends_the_run_after_its_step(whole, number, tmp_path):
     assert result.stopped and result.step == 3 and result.checkpoint.name == "checkpoint-000003"
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     result = go(folder, config)
-    assert not result.stopped and [row["step"] for row in result.rows] == [4, 5, 6] and not differences(folder, expected)
+    assert not result.stopped and [row["step"] for row in result.rows] == [4, 5, 6] and not differences(folder,
+        expected)
 
 
 def test_a_second_signal_interrupts_at_once(tmp_path):
@@ -224,7 +239,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(how, tmp_path
     else: file.write_bytes(data[:-7] if how != "flip" else data)
     assert damage(last) and not damage(before)
     result = go(tmp_path)
-    assert "a checkpoint is damaged, " + damage(tmp_path / f"damaged-{last.name}") in caplog.text and before.name in caplog.text
+    assert "a checkpoint is damaged, " + damage(tmp_path / f"damaged-{last.name}") in caplog.text
+    assert before.name in caplog.text
     assert [row["step"] for row in result.rows] == [5, 6] and not differences(tmp_path, expected)
 
 
@@ -258,7 +274,8 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_last_checkpoint(tmp_pa
 
     assert forked(child) == 0
     said = (tmp_path / "said").read_text()
-    assert said.startswith("the checkpoint of step 6 could not be written: ") and "File too large" in said and "\n" not in said
+    assert said.startswith("the checkpoint of step 6 could not be written: ")
+    assert "File too large" in said and "\n" not in said
     assert [p.name for p in Checkpoints(folder).all()] == ["checkpoint-000002", "checkpoint-000004"]
     assert not [p for p in folder.iterdir() if p.name.startswith(".checkpoint")]
     go(folder)
@@ -267,8 +284,10 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_last_checkpoint(tmp_pa
 
 def test_a_full_disk_under_the_log(tmp_path):
     def child():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                                # what pytest captures is a file, too
-        limit_files(2000)                                                           # config.json, and a few rows of the log
+        # what pytest captures is a file, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        # config.json, and a few rows of the log
+        limit_files(2000)
         try: run(settings(RunConfig, SHORT | {"save_every": 40, "steps": 40}), tmp_path / "run")
         except Broken as e: said = str(e)
         limit_files(-1)
@@ -290,7 +309,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         for out in (tmp_path / "theirs", tmp_path / "theirs" / "new"):
             try: check_free(out)
             except OSError as e: said.append(str(e))
-        return 0 if all(s == f"{o} cannot be written: Permission denied" for s, o in zip(said, (tmp_path / "theirs", tmp_path / "theirs" / "new"), strict=True)) else 3
+        return 0 if all(s == f"{o} cannot be written: Permission denied" for s,
+                        o in zip(said, (tmp_path / "theirs", tmp_path / "theirs" / "new"), strict=True)) else 3
 
     for p in tmp_path.parents: p.stat().st_mode & 0o5 == 0o5 or p.chmod(p.stat().st_mode | 0o5)
     assert forked(child) == 0 and not list((tmp_path / "theirs").iterdir())
@@ -305,7 +325,8 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 
     def other(pid):
         os.read(ready[0], 1)
-        with pytest.raises(BlockingIOError, match=f"{tmp_path} is in use by process {pid}; two runs cannot share a folder"): go(tmp_path)
+        with pytest.raises(BlockingIOError,
+                           match=f"{tmp_path} is in use by process {pid}; two runs cannot share a folder"): go(tmp_path)
         os.kill(pid, signal.SIGKILL)
 
     assert forked(child, other) == -signal.SIGKILL
@@ -313,8 +334,10 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(data=problems[:-1]), "the problems are others"), (dict(recipe=capo(.6, 1.5, 20.)), "tau was 0.5 and is 0.6"), (dict(recipe=grpo()), "name was capo and is grpo"),
-    (dict(config=replace(TINY, lr=2e-2)), "lr was 0.01 and is 0.02"), (dict(config=replace(TINY, steps=8)), "steps was 6 and is 8"), (dict(policy="other"), "the model is another")],
+    (dict(data=problems[:-1]), "the problems are others"),
+    (dict(recipe=capo(.6, 1.5, 20.)), "tau was 0.5 and is 0.6"), (dict(recipe=grpo()), "name was capo and is grpo"),
+    (dict(config=replace(TINY, lr=2e-2)), "lr was 0.01 and is 0.02"),
+    (dict(config=replace(TINY, steps=8)), "steps was 6 and is 8"), (dict(policy="other"), "the model is another")],
     ids=["data", "recipe's parameter", "recipe", "learning rate", "steps", "model"])
 def test_a_change_between_stop_and_resume_is_refused_unless_accepted(change, words, tmp_path, caplog):
     go(tmp_path)
@@ -354,7 +377,8 @@ def hang():
     while True: pass
 
 
-@pytest.mark.parametrize("how", [lambda: 1 / 0, hang, lambda: __import__("re").match(r"(a+)+b", "a" * 50)], ids=["raises", "loops", "backtracks"])
+@pytest.mark.parametrize("how", [lambda: 1 / 0, hang, lambda: __import__("re").match(r"(a+)+b", "a" * 50)],
+                         ids=["raises", "loops", "backtracks"])
 def test_a_verifier_that_fails_on_one_response(how, tmp_path, caplog):
     config, before = replace(TINY, steps=2, verify_seconds=.3), signal.getsignal(signal.SIGALRM)
     rows = go(tmp_path / "run", config, verify=fails_on(20, how)).rows
@@ -364,7 +388,8 @@ def test_a_verifier_that_fails_on_one_response(how, tmp_path, caplog):
 
 def test_a_verifier_that_always_fails_is_said_to():
     def verify(text, answer): raise KeyError("answer")
-    with pytest.raises(ValueError, match="the verifier failed on all 16 responses of a step, the last time with KeyError: 'answer'"):
+    said = "the verifier failed on all 16 responses of a step, the last time with KeyError: 'answer'"
+    with pytest.raises(ValueError, match=said):
         train(model(), tokenizer, problems, grpo(), verify=verify, config=replace(TINY, save_every=0))
 
 
@@ -380,10 +405,12 @@ def test_nan_from_the_model_at_a_step(tmp_path):
 
     verify.calls = 0
     with pytest.raises(NonFiniteLoss, match="the loss of step 4 is nan"): go(tmp_path, policy=policy, verify=verify)
-    assert (tmp_path / "bad_step_4.pt").exists() and [p.name for p in Checkpoints(tmp_path).all()] == ["checkpoint-000002"]
+    assert (tmp_path / "bad_step_4.pt").exists() and [p.name
+                                                      for p in Checkpoints(tmp_path).all()] == ["checkpoint-000002"]
     bad = model()
     with torch.no_grad(): bad.model.norm.weight[0] = math.nan
-    with pytest.raises(NonFiniteLoss, match="sampling of step 1 failed: the model gives NaN"): go(tmp_path / "new", policy=bad, wrap=lambda f: None)
+    with pytest.raises(NonFiniteLoss, match="sampling of step 1 failed: the model gives NaN"): go(tmp_path / "new",
+        policy=bad, wrap=lambda f: None)
 
 
 def test_a_broken_run_names_its_last_checkpoint(tmp_path, monkeypatch):
@@ -396,12 +423,16 @@ def test_a_broken_run_names_its_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "check_update", bad)
     out = tmp_path / "run"
     with pytest.raises(NonFiniteLoss) as e: run(settings(RunConfig, SHORT), out)
-    assert str(e.value) == f"the loss of step 3 is nan; the last checkpoint is {out / 'checkpoint-000002'}, go on by: capo train --resume {out}"
+    last = out / "checkpoint-000002"
+    said = f"the loss of step 3 is nan; the last checkpoint is {last}, go on by: capo train --resume {out}"
+    assert str(e.value) == said
 
 
 def test_the_generators_go_on_where_they_were():
-    draw = lambda: [random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn(), torch.rand(1).item()]
-    random.gauss(0, 1); numpy.random.randn()                                        # each keeps a second normal number for the next call
+    draw = lambda: [random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn(),
+                    torch.rand(1).item()]
+    # each keeps a second normal number for the next call
+    random.gauss(0, 1); numpy.random.randn()
     state = keep.random_state()
     first = draw()
     assert draw() != first

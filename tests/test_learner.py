@@ -1,4 +1,4 @@
-"The update in parts and in low precision, schedules, the KL, weights of tokens; settings from files and from the command line."
+"The update in parts and in low precision, schedules, the KL, weights of tokens; settings by file and command line."
 import json
 import math
 from dataclasses import fields, replace
@@ -9,9 +9,8 @@ import torch
 from capo import cli
 from capo.grpo import clipped_loss, kl_penalty
 from capo.logprob import shares
-from capo.recipe import Recipe, capo, grpo, grpo_size
+from capo.recipe import Recipe, capo, grpo, grpo_size, together
 from capo.folder import LOGS, Checkpoints, Logs, TensorBoardLog
-from capo.processes import together
 from capo.rollout import HFSampler, cut_by_tokens, parts, rollout, rollout_logps, score
 from capo.keep import keeping
 from capo.run import RunConfig
@@ -21,14 +20,16 @@ from helpers import has_a_seven, model, problems, run, small, tokenizer, weights
 
 def rollouts(n=6, **options):
     r = rollout(HFSampler(model(), tokenizer, 16, **options), problems[:n], 4, has_a_seven)
-    return replace(r, ref_logp=(r.logp - .1) * r.mask, weight=torch.rand(r.mask.shape, generator=torch.Generator().manual_seed(0)) * r.mask)
+    return replace(r, ref_logp=(r.logp - .1) * r.mask,
+                   weight=torch.rand(r.mask.shape, generator=torch.Generator().manual_seed(0)) * r.mask)
 
 
 def test_the_default_loop_is_the_plain_one():
     "Written out: sample, advantage, two halves, AdamW. Every weight is equal to the last bit where no advantage is 0."
     config, policy, advantage = replace(small, updates=2), model(), lambda r, step: grpo().advantage(r, step) + .125
     result = run(replace(grpo(), advantage=advantage), config)
-    optimizer, sampler = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.), HFSampler(policy, tokenizer, 16)
+    optimizer, sampler = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.), HFSampler(policy,
+        tokenizer, 16)
     for step, batch in enumerate(batches(problems, config), 1):
         r = rollout(sampler, batch, 4, has_a_seven, seed=step)
         A = advantage(r, step)
@@ -48,11 +49,14 @@ def gradient(recipe, r, double=True, **options):
     return torch.cat([g.flatten() for g in learner.gradients()]), numbers
 
 
-token_mean = Recipe("tokens", grpo().advantage, lambda logp, old, A, mask, weight=None: -(logp * mask * A[:, None]).sum() / mask.sum(), count=lambda mask: mask.sum())
+token_mean = Recipe("tokens", grpo().advantage, lambda logp, old, A, mask,
+                    weight=None: -(logp * mask * A[:, None]).sum() / mask.sum(), count=lambda mask: mask.sum())
 
 
 @pytest.mark.parametrize("recipe", [grpo(), capo(.5, 1.5, 20., grpo_size), token_mean], ids=lambda r: r.name)
-@pytest.mark.parametrize("options", [dict(token_budget=1), dict(token_budget=60), dict(token_budget=60, recompute=True), dict(recompute=True)], ids=str)
+@pytest.mark.parametrize("options",
+                         [dict(token_budget=1), dict(token_budget=60), dict(token_budget=60, recompute=True),
+                          dict(recompute=True)], ids=str)
 def test_the_sum_over_parts_is_the_gradient_of_the_whole(recipe, options):
     r = rollouts()
     whole, numbers = gradient(recipe, r, kl=.3)
@@ -80,7 +84,8 @@ def test_what_has_no_advantage_is_not_computed_and_changes_nothing(recipe, budge
     torch.testing.assert_close(found, torch.cat([p.grad.flatten() for p in policy.parameters()]), rtol=0, atol=1e-7)
     taught = (A != 0).view_as(r.reward)
     asked = r.prompt_mask.sum(-1)[taught.any(1)].sum()
-    rows = {(b, *ids[m.bool()].tolist()) for b in range(12) for ids, m, t in zip(r.response_ids[b], r.mask[b], taught[b]) if t}
+    rows = {(b, *ids[m.bool()].tolist()) for b in range(12) for ids, m,
+            t in zip(r.response_ids[b], r.mask[b], taught[b]) if t}
     if not budget: assert sum(read) == asked + sum(len(row) - 2 for row in rows)   # a response twice is read once
     read.clear()
     learner.clear()
@@ -91,11 +96,13 @@ def test_what_has_no_advantage_is_not_computed_and_changes_nothing(recipe, budge
 def test_a_gradient_by_hand_with_weights_and_kl():
     r, policy = rollouts(), model().double()
     found, numbers = gradient(grpo(), r, kl=.3, token_budget=50)
-    logp, old, mask, ref, w = (x.flatten(0, 1) for x in (rollout_logps(policy, r), r.old_logp, r.mask, r.ref_logp, r.weight))
+    logp, old, mask, ref, w = (x.flatten(0, 1)
+                               for x in (rollout_logps(policy, r), r.old_logp, r.mask, r.ref_logp, r.weight))
     loss, kl = clipped_loss(logp, old, grpo().advantage(r, 1).flatten(), mask, weight=w), kl_penalty(logp, ref, mask)
     (loss + .3 * kl).backward()
     torch.testing.assert_close(found, torch.cat([p.grad.flatten() for p in policy.parameters()]), rtol=0, atol=1e-7)
-    assert numbers["loss"] == pytest.approx(loss.item(), abs=1e-6) and numbers["kl"] == pytest.approx(kl.item(), abs=1e-6) and kl > 0
+    assert numbers["loss"] == pytest.approx(loss.item(), abs=1e-6) and numbers["kl"] == pytest.approx(kl.item(),
+        abs=1e-6) and kl > 0
 
 
 def test_recomputation_runs_each_layer_twice_and_leaves_dropout_off():
@@ -118,7 +125,8 @@ def test_parts_hold_every_row_once_and_keep_to_the_budget(budget):
     for rows, part in found:
         width = part.prompt_ids.shape[1] + part.response_ids.shape[2]
         assert width * len(rows) <= budget or len(rows) == 1
-        assert part.text == [[r.text[i // 4][i % 4]] for i in rows] and part.reward.flatten().equal(r.reward.flatten()[rows])
+        assert part.text == [[r.text[i // 4][i % 4]]
+                             for i in rows] and part.reward.flatten().equal(r.reward.flatten()[rows])
         torch.testing.assert_close(part.lpm.flatten(), r.lpm.flatten()[rows])
     torch.testing.assert_close(score(model(), r, budget), score(model(), r), rtol=0, atol=1e-5)
     assert cut_by_tokens([], [], budget) == []
@@ -127,7 +135,8 @@ def test_parts_hold_every_row_once_and_keep_to_the_budget(budget):
 def test_shares_put_together_are_the_whole():
     r = rollouts(temperature=.7)
     whole = together([r[:2], r[2:3], r[3:]])
-    for k, v in vars(r).items(): assert v.equal(getattr(whole, k)) if isinstance(v, torch.Tensor) else v == getattr(whole, k)
+    for k, v in vars(r).items(): assert v.equal(getattr(whole, k)) if isinstance(v,
+        torch.Tensor) else v == getattr(whole, k)
     short = HFSampler(model(), tokenizer, 3)(["1+1="], 4, 0)
     both = together([r, replace(short, ref_logp=short.logp, weight=short.logp, tempered_logp=short.logp)])
     assert both.mask[6].sum() == short.mask.sum() and both.text[6] == short.text[0] and both.prompt_mask[6].sum() == 4
@@ -137,19 +146,22 @@ def test_masters_keep_small_steps_of_bfloat16_weights():
     config = TrainConfig(dtype="bfloat16", lr=1e-4, steps=1000)
     policy = prepare(model(), config)
     learner, start = Learner(policy, config), weights(policy)
-    assert {p.dtype for p in policy.parameters()} == {torch.bfloat16} and {m.dtype for m in learner.masters.values()} == {torch.float32}
+    assert {p.dtype for p in policy.parameters()} == {torch.bfloat16} and {m.dtype
+        for m in learner.masters.values()} == {torch.float32}
     for step in range(1, 81):
         for p in policy.parameters(): p.grad = torch.ones_like(p)
         learner.take(); learner.update(step); learner.clear()
     for k, p in policy.named_parameters():
-        assert (learner.masters[k] - start[k].float()).max() < -7e-3               # 80 steps of 1e-4, each too small for a weight of 1
+        # 80 steps of 1e-4, each too small for a weight of 1
+        assert (learner.masters[k] - start[k].float()).max() < -7e-3
         assert p.equal(learner.masters[k].bfloat16())
 
 
 def test_an_adapter_is_trained_in_float32_on_a_bfloat16_model():
     policy = prepare(model(), TrainConfig(dtype="bfloat16", lora_rank=2, lora_alpha=3., lora_targets="q_proj, v_proj"))
     trained = {k: p for k, p in policy.named_parameters() if p.requires_grad}
-    assert {p.dtype for p in trained.values()} == {torch.float32} and {p.dtype for p in policy.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in trained.values()} == {torch.float32} and {p.dtype for p in policy.parameters()
+        if not p.requires_grad} == {torch.bfloat16}
     assert {k.split(".")[-4] for k in trained} == {"q_proj", "v_proj"}
     assert {m.scaling["default"] for m in policy.modules() if isinstance(getattr(m, "scaling", None), dict)} == {1.5}
 
@@ -175,8 +187,11 @@ def test_schedules():
     assert at("constant") == [1.] * 8
     assert at("constant", warmup=4) == [.25, .5, .75, 1, 1, 1, 1, 1]
     assert at("linear") == [1 - i / 8 for i in range(8)]
-    assert at("cosine", warmup=4) == pytest.approx([.25, .5, .75, 1, 1, .5 + .5 * math.cos(math.pi / 4), .5, .5 - .5 * math.cos(math.pi / 4)])
-    assert [row["lr"] for row in run(config=replace(small, schedule="linear")).rows] == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
+    assert at("cosine",
+              warmup=4) == pytest.approx([.25, .5, .75, 1, 1, .5 + .5 * math.cos(math.pi / 4), .5,
+                                          .5 - .5 * math.cos(math.pi / 4)])
+    assert [row["lr"]
+            for row in run(config=replace(small, schedule="linear")).rows] == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
 
 
 def test_epochs_pass_over_a_batch_again():
@@ -214,14 +229,16 @@ def test_another_engine_is_measured_and_corrected(cap):
     assert sampler.synced == 3 and all(row["mismatch"] > .01 for row in rows)
     for logp, old, weight in seen:
         assert (weight is None) == (cap == 0)
-        if cap: torch.testing.assert_close(logp * (old != 0), old, rtol=0, atol=1e-4); assert weight.max() <= 2 and (weight < 1).any()
+        if cap: torch.testing.assert_close(logp * (old != 0), old, rtol=0,
+                                           atol=1e-4); assert weight.max() <= 2 and (weight < 1).any()
 
 
 def test_tensorboard_gets_every_number(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     run(log=Logs(TensorBoardLog(tmp_path), more=lambda row: {"twice": 2 * row["reward"]}))
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert {"reward", "loss", "twice", "auc_mean"} <= set(events.Tags()["scalars"]) and [e.step for e in events.Scalars("reward")] == [1, 2, 3]
+    assert {"reward", "loss", "twice", "auc_mean"} <= set(events.Tags()["scalars"]) and [e.step
+        for e in events.Scalars("reward")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -237,9 +254,12 @@ def test_other_logs_where_they_are_installed(name, tmp_path, monkeypatch):
 def test_settings_come_from_files_and_options_go_over_them(name, tmp_path, monkeypatch):
     (tmp_path / name).write_text(json.dumps({"model": "tiny", "data": "arithmetic", "lr": 1e-4, "steps": 7}))
     seen = []
-    monkeypatch.setattr(cli, "run", lambda config, out, resume, accept: seen.append((config, out, resume, accept)) or train_result())
-    assert cli.main(["train", "--config", str(tmp_path / name), "--steps", "9", "--recompute", "--no-chat", "--ref-low", "1.5", "--out", "there"]) == 0
-    assert seen == [(RunConfig(model="tiny", data="arithmetic", lr=1e-4, steps=9, recompute=True, chat=False, ref_low=1.5), "there", False, False)]
+    monkeypatch.setattr(cli, "run", lambda config, out, resume, accept: seen.append((config, out, resume, accept))
+                        or train_result())
+    assert cli.main(["train", "--config", str(tmp_path / name), "--steps", "9", "--recompute", "--no-chat",
+                     "--ref-low", "1.5", "--out", "there"]) == 0
+    assert seen == [(RunConfig(model="tiny", data="arithmetic", lr=1e-4, steps=9, recompute=True, chat=False,
+                               ref_low=1.5), "there", False, False)]
 
 
 def train_result():
@@ -250,12 +270,19 @@ def train_result():
 def test_every_setting_has_an_option_and_a_comment():
     said = cli.comments(RunConfig)
     assert said.keys() == {f.name for f in fields(RunConfig)}
-    assert said["lr"].startswith("of AdamW, at its highest; 0: 5e-4") and said["save_every"].startswith("steps between checkpoints")
+    assert said["lr"].startswith("of AdamW, at its highest; 0: 5e-4")
+    assert said["save_every"].startswith("steps between checkpoints")
 
 
-BAD = {"--stepz 3": None, "--model tiny --data arithmetic --method ppo": "method must be one of capo, grpo; it is ppo", "--data arithmetic": "model is missing",
-       "--model tiny --data arithmetic --tau 0": "tau must be", "--model tiny --data nowhere.jsonl": "there is no file nowhere.jsonl", "--resume nowhere": "nowhere holds no run",
-       "--resume x --out y": "--resume takes everything", "--model tiny --data arithmetic --warmup 400": "warmup must be less", "--model nowhere/at/all --data arithmetic": "cannot be loaded",
+BAD = {"--stepz 3": None,
+       "--model tiny --data arithmetic --method ppo": "method must be one of capo, grpo; it is ppo",
+       "--data arithmetic": "model is missing",
+       "--model tiny --data arithmetic --tau 0": "tau must be",
+       "--model tiny --data nowhere.jsonl": "there is no file nowhere.jsonl",
+       "--resume nowhere": "nowhere holds no run",
+       "--resume x --out y": "--resume takes everything",
+       "--model tiny --data arithmetic --warmup 400": "warmup must be less",
+       "--model nowhere/at/all --data arithmetic": "cannot be loaded",
        "--config typo.yaml": "there is no setting metod; did you mean method?"}
 
 
@@ -266,26 +293,32 @@ def test_bad_options_give_one_sentence_and_no_file(options, tmp_path, monkeypatc
     try: status = cli.main(["train", *options.split()])
     except SystemExit as e: status = e.code
     said = capsys.readouterr().err.strip()
-    assert status == 2 and (BAD[options] is None or said.startswith("capo: ") and BAD[options] in said and "\n" not in said), said
+    assert status == 2 and (BAD[options] is None or said.startswith("capo: ") and BAD[options] in said
+                            and "\n" not in said), said
     assert [p.name for p in tmp_path.iterdir()] == ["typo.yaml"]
 
 
 def test_a_run_from_a_file_with_lora_and_a_chat_template(tmp_path, capsys, monkeypatch):
-    "From names to a trained adapter that plain peft loads; then asked for more steps, which is a change that must be accepted."
+    "From names to a trained adapter that plain peft loads; then more steps, a change that must be accepted."
     from peft import AutoPeftModelForCausalLM
     monkeypatch.chdir(tmp_path)
     model().save_pretrained("base"); tokenizer.save_pretrained("base")
     with open("problems.jsonl", "w") as f:
         for p in problems[:8]: f.write(json.dumps({"prompt": p.prompt, "answer": p.answer}) + "\n")
-    common = ["--lora-rank", "2", "--questions", "4", "--group-size", "4", "--save-every", "2", "--validation-size", "2", "--validation-samples", "2", "--instruction", "", "--max-new-tokens", "16"]
-    assert cli.main(["train", "--model", "base", "--data", "problems.jsonl", "--validation", "problems.jsonl", "--steps", "2", "--out", "run", *common]) == 0
+    common = ["--lora-rank", "2", "--questions", "4", "--group-size", "4", "--save-every", "2", "--validation-size",
+              "2", "--validation-samples", "2", "--instruction", "", "--max-new-tokens", "16"]
+    assert cli.main(["train", "--model", "base", "--data", "problems.jsonl", "--validation", "problems.jsonl",
+                     "--steps", "2", "--out", "run", *common]) == 0
     said = capsys.readouterr().out
-    assert 'AutoPeftModelForCausalLM.from_pretrained("run/checkpoint-000002/policy")' in said and f"vllm serve {tmp_path}/base --enable-lora --max-lora-rank 2" in said
+    assert 'AutoPeftModelForCausalLM.from_pretrained("run/checkpoint-000002/policy")' in said
+    assert f"vllm serve {tmp_path}/base --enable-lora --max-lora-rank 2" in said
     assert AutoPeftModelForCausalLM.from_pretrained("run/checkpoint-000002/policy").peft_config["default"].r == 2
     assert (tmp_path / "run/log.csv").read_text().splitlines()[0].endswith(",lr,seconds,tokens_per_second,memory")
     assert len((tmp_path / "run/evals.csv").read_text().splitlines()) == 3
-    assert cli.main(["train", "--model", "base", "--data", "problems.jsonl", "--out", "run", *common]) == 2 and "holds another run" in capsys.readouterr().err
-    assert cli.main(["train", "--resume", "run", "--steps", "3"]) == 2 and "steps was 2 and is 3" in capsys.readouterr().err
+    assert cli.main(["train", "--model", "base", "--data", "problems.jsonl", "--out", "run",
+                     *common]) == 2 and "holds another run" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "run", "--steps",
+                     "3"]) == 2 and "steps was 2 and is 3" in capsys.readouterr().err
     assert cli.main(["train", "--resume", "run", "--steps", "3", "--accept-changes"]) == 0
     assert cli.main(["train", "--resume", "run"]) == 0 and Checkpoints("run").all()[-1].name == "checkpoint-000003"
     with open("problems.jsonl", "a") as f: f.write(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")

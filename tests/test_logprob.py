@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from capo.logprob import anatomy, gather_logps, head_logps, mean_logp, perplexity, shares, token_logps
+from capo.logprob import anatomy, gather_logps, head_logps, mean_logp, perplexity, can_share, token_logps
 from helpers import V, each_model, llama, model_of
 
 
@@ -121,7 +121,7 @@ def test_what_does_not_fit_takes_the_plain_path():
     ids = tokens(3, 6)
     for model in (Scaled(model_of("llama").config).eval(),
                   get_peft_model(llama(), LoraConfig(init_lora_weights=False, target_modules=["lm_head"])).eval()):
-        assert anatomy(model) is None and not shares(model)
+        assert anatomy(model) is None and not can_share(model)
         with torch.no_grad():
             want = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
             torch.testing.assert_close(token_logps(model, ids, torch.ones_like(ids))[:, 1:], want, rtol=0, atol=2e-5)
@@ -132,7 +132,7 @@ def test_trying_a_model_leaves_no_trace():
     model.model.layers[0].eval()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     modes, state, rng = [m.training for m in model.modules()], model.config.to_dict(), torch.get_rng_state()
-    assert shares(model, 10)
+    assert can_share(model, 10)
     assert modes == [m.training for m in model.modules()] and state == model.config.to_dict()
     assert rng.equal(torch.get_rng_state()) and model.config._attn_implementation == "sdpa"
     assert all(p.grad is None for p in model.parameters())

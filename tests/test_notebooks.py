@@ -27,7 +27,6 @@ SECONDS = {
     "22_responses.ipynb": 180,
     "23_evaluate.ipynb": 180,
     "24_report.ipynb": 180,
-    "26_processes.ipynb": 180,
     "27_policy.ipynb": 180,
     "28_folder.ipynb": 180,
     "25_sample.ipynb": 180,

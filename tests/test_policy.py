@@ -49,7 +49,8 @@ def test_a_second_run_starts_where_the_first_ended(tmp_path):
 
 @pytest.mark.parametrize("make, word, rank, said", [
     (taught, "", 0, "set adapter to"), (taught, "merge", 2, "lora_rank must be 0"),
-    (taught, "on_top", 0, "new adapter's lora_rank"), (taught, "continue", 3, "has rank 2"), (model, "merge", 0, "has none")])
+    (taught, "on_top", 0, "new adapter's lora_rank"), (taught, "continue", 3, "has rank 2"),
+    (model, "merge", 0, "has none")])
 def test_an_adapter_without_one_meaning_is_refused(make, word, rank, said):
     with pytest.raises(ValueError, match=said): starting_model(make(), word, rank)
 

@@ -65,7 +65,8 @@ def test_no_question_of_a_long_evaluation_is_trained_on(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "train", spy)
         tiny_lm(16, 1, 2).save_pretrained(tmp_path / "base")
-        job = comparison.Job("grpo", grpo, str(tmp_path / "base"), str(tmp_path / "run"), TrainConfig(steps=100, questions=64), 1000, 1)
+        job = comparison.Job("grpo", grpo, str(tmp_path / "base"), str(tmp_path / "run"),
+                             TrainConfig(steps=100, questions=64), 1000, 1)
         with pytest.raises(KeyboardInterrupt): comparison.run_job(job)
     assert not {p.prompt for p in seen} & {p.prompt for p in comparison.held_out_questions(1000)}
 
@@ -77,7 +78,8 @@ def test_a_search_for_problems_that_do_not_exist_ends():
     refuses(lambda: lib.task.arithmetic(163, distinct=True, terms=(2,)), "there are only 162 chains")
     refuses(lambda: lib.task.arithmetic(1, exclude=two, terms=(2,)), "there are only 162 chains")
     assert len(arithmetic(3, exclude=two, terms=(2, 3))) == 3
-    assert len(arithmetic(500, exclude=two - {"1+1="}, terms=(2,))) == 500        # the same again and again, where it may
+    # the same again and again, where it may
+    assert len(arithmetic(500, exclude=two - {"1+1="}, terms=(2,))) == 500
 
 
 def test_a_threshold_of_1_drops_no_wrong_response():
@@ -85,7 +87,8 @@ def test_a_threshold_of_1_drops_no_wrong_response():
 
 
 @pytest.mark.parametrize("call", [lambda x, c: lib.grpo.grpo_advantage(x),
-                                  lambda x, c: lib.mask.noise_mask(1 - x, c), lambda x, c: lib.evaluate.most_confident(x, c)],
+                                  lambda x, c: lib.mask.noise_mask(1 - x, c), lambda x,
+                                  c: lib.evaluate.most_confident(x, c)],
                          ids=["grpo_advantage", "noise_mask", "most_confident"])
 def test_one_axis_where_two_are_meant(call): refuses(lambda: call(tensor([-1., -2.]), tensor([1, 0])), "(B, G)")
 
@@ -119,8 +122,11 @@ def test_a_model_that_gives_nan_is_named():
     refuses(lambda: lib.rollout.HFSampler(policy, tokenizer, 4)(["1+1="], 2), "NaN", (ValueError, RuntimeError))
 
 
-@pytest.mark.parametrize("options", [dict(weight_decay=-1.), dict(lr=math.inf), dict(temperature=math.inf), dict(steps=1.5), dict(seed=1.5)], ids=str)
-def test_other_values_that_a_run_cannot_have(options): refuses(lambda: lib.train.TrainConfig(**options), next(iter(options)))
+@pytest.mark.parametrize("options",
+                         [dict(weight_decay=-1.), dict(lr=math.inf), dict(temperature=math.inf), dict(steps=1.5),
+                          dict(seed=1.5)], ids=str)
+def test_other_values_that_a_run_cannot_have(options): refuses(lambda: lib.train.TrainConfig(**options),
+                                                               next(iter(options)))
 
 
 def test_no_resamples(): refuses(lambda: lib.evaluate.bootstrap(torch.mean, torch.ones(3), n=0), "n must be")
@@ -129,7 +135,9 @@ def test_no_resamples(): refuses(lambda: lib.evaluate.bootstrap(torch.mean, torc
 def test_a_chain_of_one_term_is_refused(): refuses(lambda: lib.task.arithmetic(1, terms=(1,)), "terms")
 
 
-@pytest.mark.parametrize("options", [dict(workers=-1), dict(questions=0), dict(samples=0), dict(makers={"capo": lambda: lib.recipe.capo(tau=0)})], ids=str)
+@pytest.mark.parametrize("options",
+                         [dict(workers=-1), dict(questions=0), dict(samples=0),
+                          dict(makers={"capo": lambda: lib.recipe.capo(tau=0)})], ids=str)
 def test_a_comparison_that_cannot_run_writes_nothing(options, tmp_path, monkeypatch):
     class NoPool:
         def __init__(self, workers, context):
@@ -137,7 +145,8 @@ def test_a_comparison_that_cannot_run_writes_nothing(options, tmp_path, monkeypa
             raise KeyboardInterrupt
 
     monkeypatch.setattr(lib.compare, "ProcessPoolExecutor", NoPool)
-    with pytest.raises((ValueError, KeyboardInterrupt)): lib.compare.compare(tmp_path / "new", **dict(makers=lib.compare.arms()) | options)
+    with pytest.raises((ValueError, KeyboardInterrupt)): lib.compare.compare(tmp_path / "new",
+        **dict(makers=lib.compare.arms()) | options)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,10 +8,10 @@ import transformers as hf
 from hypothesis import given, strategies as st
 
 import capo.sampling
-from capo.logprob import shares
+from capo.logprob import can_share
 from capo.rollout import (HFSampler, Rollouts, VLLMSampler, corrected, cut_by_tokens, grade, mismatch,
                           plain_rollout_logps, rollout, rollout_logps, score)
-from capo.sampling import draw, merged, splitmix, uniforms
+from capo.sampling import draw, adapter_added, splitmix, uniforms
 from capo.task import Problem, arithmetic_tokenizer
 from helpers import V, each_model, model_of
 
@@ -120,7 +120,7 @@ def test_a_prompt_read_once_changes_neither_the_numbers_nor_the_gradient(name, l
     longest, r, model = FAMILIES[name][2], batch(), family(name, lora)
     wide = longest and name not in ("soft caps", "experts", "experts, one shared") # these do not work in float64
     if wide: r, model = r.map(lambda x: x.double() if x.is_floating_point() else x), model.double()
-    assert shares(model, longest) == (longest > 0) and not (longest < 99 and shares(model, max(longest, 12) + 1))
+    assert can_share(model, longest) == (longest > 0) and not (longest < 99 and can_share(model, max(longest, 12) + 1))
     for temperature in (1., .7):
         plain, fast = (value_and_gradient(model, r, f, temperature) for f in (plain_rollout_logps, rollout_logps))
         torch.testing.assert_close(fast[0], plain[0], rtol=0, atol=1e-5)           # some layers round to float32
@@ -152,7 +152,7 @@ def test_a_prompt_read_once_goes_with_recomputation(name):
 
 def test_every_prompt_is_read_once_and_no_token_for_nothing():
     model, r, sizes = family("rotary, tied"), batch(), []
-    shares(model)
+    can_share(model)
     model.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[:2])))
     with torch.no_grad(): rollout_logps(model, r)
     rests = sum((13 - 9, 11 - 9, 10 - 9, 12 - 9))                                  # the fifth prompt is the first
@@ -294,7 +294,7 @@ def test_map_reaches_every_tensor_and_nothing_else():
 def test_nothing_is_read_twice_while_sampling_and_nothing_that_has_ended():
     "Each prompt once, then a row for each beginning that responses to it have."
     model, rows = model_of("llama"), []
-    shares(model)
+    can_share(model)
     layer = model.model.layers[0].mlp
     hook = layer.register_forward_pre_hook(lambda module, inputs: rows.append(tuple(inputs[0].shape[:2])))
     try: r = sampler(max_new_tokens=12)(PROMPTS + PROMPTS[:1], 8, seed=2)
@@ -343,8 +343,8 @@ def test_an_adapter_is_added_while_sampling_and_the_weights_are_left_as_they_wer
     assert all(p.equal(before[k]) for k, p in model.named_parameters())
     assert not any(getattr(m, "merged", False) for m in model.modules())
     with torch.no_grad(): torch.testing.assert_close(plain_rollout_logps(model, r), r.logp, rtol=0, atol=1e-4)
-    with merged(model): assert any(not p.equal(before[k]) for k, p in model.named_parameters())
-    with merged(model.bfloat16()): assert not any(getattr(m, "merged", False) for m in model.modules())
+    with adapter_added(model): assert any(not p.equal(before[k]) for k, p in model.named_parameters())
+    with adapter_added(model.bfloat16()): assert not any(getattr(m, "merged", False) for m in model.modules())
 
 
 @each_model

@@ -13,6 +13,7 @@ from capo import cli
 from capo.folder import Checkpoints, Progress, Watch, plot_runs, settings
 from capo.run import RunConfig, run
 from capo.task import load_model
+from capo.train import train
 from helpers import model, problems, tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,19 @@ def test_a_failed_start_leaves_no_trace(tmp_path, monkeypatch):
     assert not any(p for p in tmp_path.rglob("*") if p.is_file())
     monkeypatch.undo()
     assert run(config(steps=1), tmp_path / "new").step == 1
+
+
+def test_several_processes_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    "As `torchrun` and `accelerate launch` set the environment."
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = "capo.train is one process, WORLD_SIZE is 2: for several processes use capo.trl or capo.verl"
+    with pytest.raises(ValueError, match=said): train(model(), tokenizer, problems)
+    with pytest.raises(ValueError, match=said): run(config(), tmp_path / "run")
+    assert cli.main(["train", "--model", "tiny", "--data", "arithmetic", "--out", str(tmp_path / "run")]) != 0
+    assert said in capsys.readouterr().err and not any(tmp_path.iterdir())
+    for alone in ("1", ""):
+        monkeypatch.setenv("WORLD_SIZE", alone)
+        assert run(config(steps=1), tmp_path / f"alone{alone}").step == 1
 
 
 def test_a_refused_resume_writes_nothing(tmp_path):

@@ -75,7 +75,8 @@ def test_lora_leaves_the_base_weights_untouched():
     trained = {k: v for k, v in result.model.named_parameters() if v.requires_grad}
     assert trained and all("lora_" in k for k in trained) and not any("lm_head" in k or "embed" in k for k in trained)
     assert any((v != 0).any() for k, v in trained.items() if "lora_B" in k)
-    frozen = {k.removeprefix("base_model.model.").replace(".base_layer", ""): v for k, v in result.model.named_parameters() if "lora_" not in k}
+    frozen = {k.removeprefix("base_model.model.").replace(".base_layer", ""): v for k,
+              v in result.model.named_parameters() if "lora_" not in k}
     assert frozen.keys() == before.keys() and all(frozen[k].equal(v) for k, v in before.items())
 
 
@@ -88,7 +89,8 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_by_seed():
     different = lambda x, y: any(not p.equal(q) for p, q in zip(x.parameters(), y.parameters()))
     assert not different(a, b) and different(a, c)
     assert {m.scaling["default"] for m in a.modules() if isinstance(getattr(m, "scaling", None), dict)} == {2.}
-    assert {m.scaling["default"] for m in with_lora(model(), 2, alpha=1).modules() if isinstance(getattr(m, "scaling", None), dict)} == {.5}
+    assert {m.scaling["default"] for m in with_lora(model(), 2, alpha=1).modules()
+            if isinstance(getattr(m, "scaling", None), dict)} == {.5}
 
 
 @pytest.mark.parametrize("lora", [0, 2])
@@ -105,7 +107,8 @@ def test_the_reference_stays_what_the_policy_was(lora):
     with torch.no_grad():
         assert (rollout_logps(policy, r) - found).abs().max() > 1e-2
         if lora:
-            with policy.disable_adapter(): torch.testing.assert_close(rollout_logps(policy, r), found, rtol=0, atol=1e-5)
+            with policy.disable_adapter(): torch.testing.assert_close(rollout_logps(policy, r), found, rtol=0,
+                                                                      atol=1e-5)
 
 
 @pytest.mark.parametrize("lora", [0, 2])
@@ -132,7 +135,8 @@ def test_every_question_is_in_one_update(questions, updates):
     for (r, step), parts in zip(seen, (losses[:updates], losses[updates:])):
         assert torch.cat([old for _, old, _, _ in parts]).equal(r.old_logp.flatten(0, 1))
         assert torch.cat([A for _, _, A, _ in parts]).equal(grpo().advantage(r, step).flatten())
-        torch.testing.assert_close(parts[0][0], parts[0][1], rtol=0, atol=1e-4)   # the first update starts at the policy that sampled
+        # the first update starts at the policy that sampled
+        torch.testing.assert_close(parts[0][0], parts[0][1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1., .7])
@@ -175,8 +179,10 @@ def test_batches_go_through_all_problems_before_they_repeat(questions):
     found = list(batches(problems, config))
     assert [len(b) for b in found] == [questions] * 9
     flat = sum(found, [])
-    for i in range(0, len(flat) - 39, 40): assert sorted(p.prompt for p in flat[i:i + 40]) == sorted(p.prompt for p in problems)
-    assert flat[:40] != problems and found == list(batches(problems, config)) != list(batches(problems, replace(config, seed=4)))
+    for i in range(0, len(flat) - 39, 40): assert sorted(p.prompt for p in flat[i:i + 40]) == sorted(p.prompt
+        for p in problems)
+    assert flat[:40] != problems and found == list(batches(problems, config)) != list(batches(problems,
+        replace(config, seed=4)))
 
 
 def test_evaluations_and_rows_come_in_order():
@@ -193,7 +199,8 @@ def test_evaluations_and_rows_come_in_order():
     assert rows == result.rows and [row["step"] for row in rows] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("recipe", [Recipe("none", lambda r, step: r.reward * 0), capo(.5, 1e6, 1)], ids=["no advantage", "all masked"])
+@pytest.mark.parametrize("recipe", [Recipe("none", lambda r, step: r.reward * 0), capo(.5, 1e6, 1)],
+                         ids=["no advantage", "all masked"])
 def test_without_an_advantage_no_weight_moves(recipe):
     result = run(recipe)
     assert all(v.equal(w) for v, w in zip(weights(result.model).values(), weights(model()).values()))
@@ -216,7 +223,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_step(bad, tmp_pat
         with saving_bad_step(tmp_path / "new"): run(spied, replace(small, steps=5, updates=1), policy, log=rows.append)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["bad_step_3.pt"]
     saved, r = torch.load(tmp_path / "new" / "bad_step_3.pt"), seen[-1][0]
-    assert saved["response_ids"].equal(r.response_ids) and saved["logp"].equal(r.logp) and saved["reward"].equal(r.reward) and saved["text"] == r.text
+    assert saved["response_ids"].equal(r.response_ids) and saved["logp"].equal(r.logp)
+    assert saved["reward"].equal(r.reward) and saved["text"] == r.text
     assert saved["advantage"].equal(grpo().advantage(r, 3).flatten())
     assert len(rows) == 2 and all(v.equal(kept[k]) and v.isfinite().all() for k, v in policy.named_parameters())
     assert any(not v.equal(w) for v, w in zip(weights(policy).values(), weights(model()).values()))
@@ -233,9 +241,12 @@ def test_step_stats_by_counting():
     found, lpm, valid = step_stats(r, grpo(ref_low=low, ref_high=high)), r.lpm, r.valid
     right, wrong = (reward == 1) & valid, (reward == 0) & valid
     dropped = torch.where(right, r.ref_ppl > high, r.ref_ppl < low)
-    want = {"reward": 6 / 14, "mixed": 1 / 3, "lpm_right": lpm[right].mean(), "lpm_wrong": lpm[wrong].mean(), "entropy": -r.logp.sum() / mask.sum(),
-            "masked": dropped[valid].float().mean(), "masked_right": dropped[right].float().mean(), "masked_wrong": dropped[wrong].float().mean()}
-    assert {k: found[k] for k in want} == pytest.approx({k: float(v) for k, v in want.items()}) and 0 < found["masked"] < 1
+    want = {"reward": 6 / 14, "mixed": 1 / 3, "lpm_right": lpm[right].mean(), "lpm_wrong": lpm[wrong].mean(),
+            "entropy": -r.logp.sum() / mask.sum(),
+            "masked": dropped[valid].float().mean(), "masked_right": dropped[right].float().mean(),
+            "masked_wrong": dropped[wrong].float().mean()}
+    assert {k: found[k]
+            for k in want} == pytest.approx({k: float(v) for k, v in want.items()}) and 0 < found["masked"] < 1
     assert found["auc_mean"] == pytest.approx(sum(float(lpm[0, i] > lpm[0, j]) for i in (0, 2) for j in (1, 3, 4)) / 6)
     assert step_stats(r, grpo())["masked"] == 0
 
@@ -245,7 +256,9 @@ def test_the_log_is_a_csv_file_that_grows(tmp_path):
     assert not log.path.exists()
     rows = run(log=log).rows
     with log.path.open(newline="") as f: read = list(csv.DictReader(f))
-    assert [{k: float(v) for k, v in row.items()} for row in read] == [pytest.approx(row, rel=1e-5, nan_ok=True) for row in rows]   # six digits
+    # six digits
+    assert [{k: float(v) for k, v in row.items()} for row in read] == [pytest.approx(row, rel=1e-5, nan_ok=True)
+        for row in rows]
 
 
 def test_the_caller_keeps_a_model_of_its_own():
