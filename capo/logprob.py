@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mean_logp', 'perplexity', 'gather_logps', 'head_logps', 'Anatomy', 'at_rest', 'anatomy', 'rows_of', 'token_logps',
-           'Block', 'Branches', 'stems', 'shared_logps', 'can_share']
+           'Branch', 'Branches', 'stems', 'shared_logps', 'can_share']
 
 # %% ../nbs/02_logprob.ipynb #4eedcafe
 import inspect, os
@@ -243,7 +243,7 @@ def token_logps(
 
 # %% ../nbs/02_logprob.ipynb #7db861c9
 @dataclass(eq=False)
-class Block:
+class Branch:
     "Sequences side by side, each of which goes on where one of the block above ends."
     starts: list[int]                  # where each begins in the row
     lengths: list[int]                 # how many tokens each has
@@ -252,11 +252,11 @@ class Block:
     home: Int[Tensor, "K"]             # place of each token
     seen: Bool[Tensor, "N W"]          # which places hold a token, in what precedes and in its own
     mask: Bool[Tensor, "N 1 T W"]      # what each place sees
-    above: "Block | None"              # what precedes
+    above: "Branch | None"              # what precedes
     parent: Int[Tensor, "..."]         # which of its sequences each follows
 
 # %% ../nbs/02_logprob.ipynb #8ec972da
-def _block(starts: list[int], lengths: list[int], ends: list[int], above: Block | None, parent: Tensor) -> Block:
+def _block(starts: list[int], lengths: list[int], ends: list[int], above: Branch | None, parent: Tensor) -> Branch:
     "The indices by which tokens find their places, and the mask."
     L = torch.tensor(lengths, device=parent.device)
     t = torch.arange(max(lengths), device=parent.device)
@@ -268,7 +268,7 @@ def _block(starts: list[int], lengths: list[int], ends: list[int], above: Block 
         before = above.seen[parent]
         seen, mask = torch.cat([before, real], 1), torch.cat([before[:, None].expand(-1, len(t), -1), own], -1)
     home = real.flatten().nonzero()[:, 0]
-    return Block(starts, lengths, ends, slots.flatten(), home, seen, mask[:, None], above, parent)
+    return Branch(starts, lengths, ends, slots.flatten(), home, seen, mask[:, None], above, parent)
 
 # %% ../nbs/02_logprob.ipynb #b1fca50d
 class _Places(torch.autograd.Function):
@@ -280,7 +280,8 @@ class _Places(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
-        return g.index_select(0, *ctx.saved_tensors), None, None
+        home, = ctx.saved_tensors
+        return g.index_select(0, home), None, None
 
 # %% ../nbs/02_logprob.ipynb #c20db61e
 def _attend(
@@ -298,13 +299,11 @@ def _attend(
 class Branches:
     "Token sequences that branch off from one another, written into one row, and the attention within it."
     def __init__(self, device: Any = None):
-        self.device = device
-        self.tokens: list[int] = []
-        self.positions: list[int] = []
-        self.blocks: list[Block] = []
+        self.device, self.blocks = device, list[Branch]()
+        self.tokens, self.positions = list[int](), list[int]()
         self.memory: list[Any] | None = None                     # a list here gets each layer's keys and values
 
-    def grow(self, sequences: Sequence[Sequence[int]], above: Block | None = None, parent: Sequence[int] = ()) -> Block:
+    def grow(self, sequences: Sequence[Sequence[int]], above: Branch | None = None, parent: Sequence[int] = ()) -> Any:
         "Writes sequences of at least one token, each behind one of the block above."
         starts, ends = [], []
         for i, s in enumerate(sequences):
@@ -317,21 +316,20 @@ class Branches:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Float[Tensor, "N H D"]:
         "Each of N tokens (N, H, D) sees those before it in its own sequence, and what that goes on from."
-        done: list[Tensor] = []
-        known: dict[Block, list[Tensor]] = {}
+        done, known = [], dict[Branch, list[Tensor]]()
         sizes = [sum(block.lengths) for block in self.blocks]
         for block, *qkv in zip(self.blocks, *(x.split(sizes) for x in (q, k, v))):
-            queries, *pair = (_places(x, block) for x in qkv)
+            queries, keys, values = (_places(x, block) for x in qkv)
             if block.above:
                 before = (x.index_select(0, block.parent) for x in known[block.above])
-                pair = [torch.cat(x, 2) for x in zip(before, pair)]
-            known[block] = pair
-            out = _attend(queries, pair[0], pair[1], block.mask, **how).transpose(1, 2).flatten(0, 1)
+                keys, values = (torch.cat(x, 2) for x in zip(before, (keys, values)))
+            known[block] = [keys, values]
+            out = _attend(queries, keys, values, block.mask, **how).transpose(1, 2).flatten(0, 1)
             done.append(rows_of(out, block.home))
-        if self.memory is not None: self.memory.append(pair)     # of the last block, with what precedes it
+        if self.memory is not None: self.memory.append([keys, values])  # of the last block, with what precedes it
         return torch.cat(done)
 
-def _places(x: Tensor, block: Block) -> Float[Tensor, "N H T D"]:
+def _places(x: Tensor, block: Branch) -> Float[Tensor, "N H T D"]:
     "Tokens (K, H, D) of a block, side by side."
     return _Places.apply(x, block.slots, block.home).unflatten(0, (len(block.lengths), -1)).transpose(1, 2)
 
@@ -380,7 +378,7 @@ def stems(
     row: Branches,                     # empty
     prompts: Sequence[Sequence[int]],  # no two the same
     least: int = 8,                    # tokens that are worth a block
-) -> Block:
+) -> Branch:
     "Writes the prompts, what all begin with only once; the last token of each stays with its own."
     k = min(len(os.path.commonprefix([list(p) for p in prompts])), min(map(len, prompts)) - 1)
     if len(prompts) == 1 or k < least: return row.grow(prompts)

@@ -415,9 +415,9 @@ class VLLMSampler:
     """Samples with vLLM, from the model in a folder or on the hub, and from the policy once it was given to `sync`.
 
     Raises `ImportError` if vLLM is missing, and `ValueError` as `HFSampler` does."""
-    llm: Any          # the engine
-    folder: Any       # where a policy's weights lie for it to read
-    external = True   # its log-probabilities come from another engine than the trainer's
+    external = True # its log-probabilities come from another engine than the trainer's
+    llm: Any        # the engine
+    folder: Any     # where adapters or weights are put for it
     __init__, sync, __call__ = _started, _synced, _sampled
 
     def close(self) -> None:

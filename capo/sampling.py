@@ -104,7 +104,8 @@ class _Room:
     "Prompts and what follows them as keys and values that we keep; a reader, as `Branches` is one."
     def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, rows: int, tokens: int):
         found: Any = anatomy(model)
-        self.lm, self.found, row = _lm(model), found, Branches(prompt_ids.device)
+        self.found = found
+        self.lm, row = _lm(model), Branches(prompt_ids.device)
         self.most = rows, tokens                                              # there will not be more
         number: dict[tuple[int, ...], int] = {}                               # the same prompt twice is one prompt
         asked = [tuple(ids[-n:]) for n, ids in zip(prompt_mask.sum(-1).tolist(), prompt_ids.tolist())]
@@ -150,13 +151,13 @@ class _Room:
 
 # %% ../nbs/09_sampling.ipynb #5a1b7d32
 def _attend_places(self: _Room, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Float[Tensor, "N H D"]:
-    pair = self.pairs[self.layer]
+    keys, values = self.pairs[self.layer]
     self.layer += 1
-    for kept, new in zip(pair, (k, v)): kept[self.places, :, self.used - 1] = new
+    for kept, new in ((keys, k), (values, v)): kept[self.places, :, self.used - 1] = new
     queries = q.new_zeros(self.top, k.shape[1], q.shape[1] // k.shape[1], q.shape[2])   # heads that share keys together
     queries[self.places] = q.view(len(q), *queries.shape[1:])
-    keys, values = (x[:self.top, :, :self.used] for x in pair)
-    out = _attend(queries, keys, values, self.mask, **how)
+    seen = slice(self.top), slice(None), slice(self.used)
+    out = _attend(queries, keys[seen], values[seen], self.mask, **how)
     return out.flatten(1, 2)[self.places]
 
 _Room.attend = _attend_places # type: ignore[attr-defined]
@@ -176,8 +177,9 @@ def sample(
     B, G, T = u.shape
     reader, every = _reader(model, prompt_ids, prompt_mask, B * G, T), patience(u.device)
     state, row = reader.of.to(u.device).repeat_interleave(G).sort(stable=True)
-    out: dict[str, Tensor] = {}
     over, u, logits = torch.zeros_like(row, dtype=torch.bool), u.flatten(0, 1), reader.logits[state]
+    out: dict[str, Tensor] = {}
+    rows: Tensor | None
     for t in range(T):
         new = next_tokens(logits, u[row, t], temperature, top_k) | {"mask": torch.ones_like(row)}
         for k, v in new.items(): out.setdefault(k, v.new_zeros(B * G, T))[row, t] = v.where(~over[row], 0)
@@ -185,7 +187,6 @@ def sample(
         token, look = new["response_ids"], (t + 1) % every == 0
         if look: row, token, state = (x[~over[row]] for x in (row, token, state))
         if t + 1 == T or not len(row): break
-        rows: Tensor | None
         if every == 1: token, rows, state, row = _parted(token, state, row, logits.shape[1])
         else: rows, state = state if look or not t else None, torch.arange(len(row), device=row.device)
         logits = reader.step(token, rows)

@@ -8,7 +8,7 @@ import torch
 
 from capo import cli
 from capo.grpo import clipped_loss, kl_penalty
-from capo.logprob import shares
+from capo.logprob import can_share
 from capo.recipe import Recipe, capo, grpo, grpo_size, together
 from capo.folder import LOGS, Checkpoints, Logs, TensorBoardLog
 from capo.rollout import HFSampler, cut_by_tokens, parts, rollout, rollout_logps, score
@@ -76,7 +76,7 @@ def test_what_has_no_advantage_is_not_computed_and_changes_nothing(recipe, budge
     recipe.loss(logp, old, A, mask, weight=w).backward()
     config = TrainConfig(token_budget=budget)
     fast = prepare(model().double(), config)
-    shares(fast)
+    can_share(fast)
     fast.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape[1]))
     learner = Learner(fast, config)
     accumulate(fast, learner, recipe, r, A.view_as(r.reward), config)
@@ -275,7 +275,7 @@ def test_every_setting_has_an_option_and_a_comment():
 
 
 BAD = {"--stepz 3": None,
-       "--model tiny --data arithmetic --method ppo": "method must be one of capo, grpo; it is ppo",
+       "--model tiny --data arithmetic --method ppo": "method must be one of capo, grpo, dr_grpo",
        "--data arithmetic": "model is missing",
        "--model tiny --data arithmetic --tau 0": "tau must be",
        "--model tiny --data nowhere.jsonl": "there is no file nowhere.jsonl",

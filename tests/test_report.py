@@ -257,7 +257,7 @@ def test_responses_with_everything(tmp_path):
     said = (tmp_path / "out/report.md").read_text()
     assert "Not available" not in said and "DeepConf of 4" in said
     assert "Which confidence to trust" in said and (tmp_path / "out/reliability.svg").exists()
-    assert "few questions" not in said and "few questions" in str(report(gather(extra[:160])))
+    assert "are few questions" not in said and "are few questions" in str(report(gather(extra[:160])))
     assert report(gather(extra), by="confidence").summary["sets"]["responses 1"]["by"] == "confidence"
 
 

@@ -316,7 +316,7 @@ def test_every_family_samples_what_it_samples_with_its_own_cache(name, temperatu
     with torch.no_grad():
         torch.testing.assert_close(plain_rollout_logps(model, a), a.logp, rtol=0, atol=1e-4)
         torch.testing.assert_close(plain_rollout_logps(model, a, temperature), a.old_logp, rtol=0, atol=1e-4)
-    monkeypatch.setattr(capo.sampling, "shares", lambda *_: False)
+    monkeypatch.setattr(capo.sampling, "can_share", lambda *_: False)
     b = s(PROMPTS, 8, seed=1)
     for f in fields(Rollouts):
         x, y = getattr(a, f.name), getattr(b, f.name)
