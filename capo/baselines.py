@@ -59,6 +59,7 @@ def tokens(mask: Tensor) -> Tensor:
     "What a mean over tokens is over."
     return mask.sum()
 
+# %% ../nbs/31_baselines.ipynb #e9ef3654
 def normalised(r: Rollouts, reward: Tensor, scale: bool = True) -> Tensor:
     "`grpo_advantage` of another reward."
     return grpo_advantage(reward, scale, r.valid)
@@ -144,6 +145,7 @@ def by_class(r: Rollouts) -> Tensor:
     share = lambda x: x / x.sum(1, keepdim=True).clamp(min=1)
     return (share(right) - share(wrong)).where(mixed(r)[:, None], 0)
 
+# %% ../nbs/31_baselines.ipynb #888ab8c0
 def disco(
     tau: float | None = 10., # of the soft maximum over wrong responses; None: their mean, DisCO-b
     beta: float = 1e3,       # strength of the bound on the KL

@@ -121,6 +121,7 @@ def identity(
     return {k: getattr(a, k) for k in IDENTITY} | {"questions": len(problems), "weights": weights,
             "prompts and answers": hashlib.sha256(asked.encode()).hexdigest()[:16]}
 
+# %% ../nbs/60_cli.ipynb #b5e5bd89
 def sample_all(
     sampler: Any,                 # of the model
     problems: Sequence[Problem],  # as the model reads them
@@ -317,6 +318,7 @@ def add_log_options(p: argparse.ArgumentParser) -> None:
                    help="which column is which field, such as correct=acc; confidence may be named several times")
     p.add_argument("--skip-bad", action="store_true", help="accept that lines which cannot be used are not counted")
 
+# %% ../nbs/60_cli.ipynb #5b6190a1
 def add_report(commands: Any) -> None:
     "The options of `capo report`."
     what = "say how far to trust the model behind a log, or compare several on the same questions"

@@ -187,6 +187,7 @@ def check_comparison(
         if x is not None and x < 1: raise ValueError(f"{name} must be at least 1; it is {x}")
     for make in makers.values(): make()
 
+# %% ../nbs/34_compare.ipynb #e1e08da6
 def compare(
     folder: str | Path,                                 # where files go; must be new
     makers: Mapping[str, Callable[[], Recipe]],         # the arms, by name
@@ -360,6 +361,7 @@ def draw_band(
     line, = ax.plot(x, y.mean(0), color=COLOURS.get(arm), label=LABELS.get(arm, arm))
     ax.fill_between(x, y.amin(0), y.amax(0), color=line.get_color(), alpha=.15, lw=0)
 
+# %% ../nbs/34_compare.ipynb #21d77ee5
 def draw_comparison(
     summary: Mapping[str, Any],            # of `summarise`
     names: Sequence[str] | None = None,    # which arms; None: all

@@ -220,6 +220,7 @@ def named_source(
     named: dict[str, Any] = {k: v for k, v in given.items() if v}
     return replace(source, **named)
 
+# %% ../nbs/14_data.ipynb #c29fb4d7
 def load_table(
     name: str,      # file, or what to call the source in an error
     source: Source, # where on the hub
@@ -256,6 +257,7 @@ def read_table(
     if whole != source: say(f"{name}: {in_words(whole)}")
     return problems_of(data, whole, name, skip)
 
+# %% ../nbs/14_data.ipynb #9ea12137
 def load_problems(
     source: str | Path,         # a name in `DATASETS`, "owner/name" on the hub, a file, or "gym:TASK"
     n: int | None = None,       # the first n; None: all, or 500 of a generated task

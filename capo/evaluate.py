@@ -219,6 +219,7 @@ def perplexity_of_texts(answer, lpm, correct, text, there):
 
 def rpc_of_texts(answer, lpm, correct, text, there): return rpc(answer, lpm, correct, there, text)
 
+# %% ../nbs/23_evaluate.ipynb #1e3bfd7f
 def order_numbers(r: Responses) -> dict[str, Number]:
     "How well confidence ranks, and brevity alone."
     keep = r.score.isfinite()
@@ -250,6 +251,7 @@ def threshold_numbers(
     return {"coverage": lost or mean_over(above, ~first, r.question, len(r)),
             "precision": lost or mean_over(r.correct, above, r.question, len(r))}, threshold
 
+# %% ../nbs/23_evaluate.ipynb #8b21af96
 def confidence_numbers(r: Responses) -> dict[str, Number]:
     "The confidence taken for a probability, and what it goes with."
     by, keep, B = next(iter(r.scores), ""), r.score.isfinite(), len(r)
@@ -315,6 +317,7 @@ class Assessment:
     level: float                       # of the intervals
     def __getitem__(self, key: str) -> Estimate: return self.numbers[key]
 
+# %% ../nbs/23_evaluate.ipynb #c296d61c
 def counts(r: Responses) -> dict[str, int]:
     "How many questions and responses there are, of which kind, and what could not be used."
     n, right = r.size, by_question(r.correct, r.question, len(r))
@@ -364,6 +367,7 @@ def shared_questions(
         raise ValueError(f"of {len(named)} question ids that both sets have, only {len(same)} ask the same")
     return same, len(named) - len(same)
 
+# %% ../nbs/23_evaluate.ipynb #5d6a5acd
 def paired(
     one: Assessment,    # the baseline
     other: Assessment,  # compared with it

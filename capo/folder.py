@@ -350,6 +350,7 @@ class Checkpoints:
         if not any(self.folder.glob("damaged-*")): return None
         raise ValueError(f"no checkpoint in {self.folder} is intact; start again in a new folder")
 
+# %% ../nbs/28_folder.ipynb #0164644e
 def set_aside(checkpoint: Path, reason: str) -> None:
     "Renames a damaged checkpoint, with a notice."
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
@@ -376,6 +377,7 @@ def new_folder(
     Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
 
+# %% ../nbs/28_folder.ipynb #937038b8
 def same_run(
     folder: str | Path,      # new, or one that holds the same run
     run: Mapping[str, Any],  # what would change the numbers

@@ -85,6 +85,7 @@ def by_question(
     "Sums over the responses of each question."
     return torch.zeros(B, dtype=torch.float64).index_add(0, question, x.double())
 
+# %% ../nbs/19_interval.ipynb #8cc9984c
 def mean_over(
     x: Shaped[Tensor, "N"],       # of each response
     among: Bool[Tensor, "N"],     # the responses that count
@@ -161,6 +162,7 @@ def weighted_ece(
     size = by_question(torch.ones_like(p), question, B)
     return Statistic(lambda w: (w @ gaps).abs().sum(1) / (w @ size), int((size > 0).sum()))
 
+# %% ../nbs/19_interval.ipynb #0d26b956
 def correlation(
     x: Float[Tensor, "N"],        # of each response
     y: Float[Tensor, "N"],        # the other

@@ -130,6 +130,7 @@ def model_card(
     parts = {"Last numbers": last, "Method": recipe, "Settings": settings}
     return "\n".join([*head, *(line for k, x in parts.items() for line in ("", f"## {k}", *listed(x))), ""])
 
+# %% ../nbs/29_keep.ipynb #ea43fd9d
 def load_run(
     checkpoint: Path,          # intact
     learner: Any,          # gets weights and moments

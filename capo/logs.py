@@ -44,6 +44,7 @@ def skip_line(f: Stream) -> None:
     "Reads to the end of a line, and keeps nothing of it."
     while (rest := f.readline(LONGEST_LINE)) and not rest.endswith(b"\n"): pass
 
+# %% ../nbs/13_logs.ipynb #640b6c5c
 def numbered_lines(
     f: Stream, # an open file
 ) -> Iterator[tuple[int, bytes | ValueError]]:
@@ -128,6 +129,7 @@ def at_once(f: Stream) -> IO[bytes]:
     "The file, in memory where one cannot go back in it."
     return f if f.seekable() and not isinstance(f, gzip.GzipFile) else io.BytesIO(f.read())
 
+# %% ../nbs/13_logs.ipynb #496876d2
 def parquet_records(
     f: Stream, # a Parquet file
 ) -> Found:
@@ -235,6 +237,7 @@ def lm_eval_rows(r: Record) -> Iterator[LogRow]:
         one = {"correct": right} if len(texts) == 1 and right is not None else {"reference": str(r["target"])}
         yield {"sample": i, "response": text} | answer | one | about
 
+# %% ../nbs/13_logs.ipynb #d8685a3c
 def lighteval_rows(r: Record) -> Iterator[LogRow]:
     "Of a row of `details_TASK_DATE.parquet`."
     doc, said = r["doc"], r["model_response"]
@@ -291,6 +294,7 @@ def vllm_rows(r: Record) -> Iterator[LogRow]:
             if min(map(len, tops)) > 1: out["token_confidence"] = [-sum(x) / len(x) for x in tops]
         yield out | {"length": n, "truncated": o.get("finish_reason") == "length"} | carried(r)
 
+# %% ../nbs/13_logs.ipynb #b95c97bd
 def inspect_rows(r: Record) -> Iterator[LogRow]:
     "Of a sample, or of a whole log with its `samples`."
     for s in r.get("samples", [r]) or []:
@@ -363,6 +367,7 @@ def log_format_of(record: Record, before: LogFormat | None) -> LogFormat:
     if before and before.knows(record): return before
     return next((f for f in LOG_FORMATS if f.knows(record)), LOG_FORMATS[-1])
 
+# %% ../nbs/13_logs.ipynb #7128c655
 def log_rows(
     path: str | Path,                 # a log
     format: str | None = None,        # name of one of `LOG_FORMATS`; None: whichever knows its records

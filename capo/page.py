@@ -75,6 +75,7 @@ class Grid(Piece):
         body = "".join(line(row, "td") for row in self.rows[1:])
         return f'<div class="wide"><table>{line(self.rows[0], "th")}{body}</table></div>'
 
+# %% ../nbs/18_page.ipynb #afe05c45
 @dataclass(frozen=True)
 class Fold(Piece):
     title: str
@@ -183,6 +184,7 @@ def key(
     mark = f'<path d="M46 {at}h24" stroke="{series(s)}" stroke-width="2"{style}/>'
     return f'{mark}<text x="76" y="{at + 4}">{html.escape(visible(words))}</text>'
 
+# %% ../nbs/18_page.ipynb #990d0788
 def drawn(
     chart: Chart,
     x: str,                    # what is along the bottom
@@ -249,6 +251,7 @@ for (const box of document.querySelectorAll('.examples')) {
   box.prepend(bar) }
 """
 
+# %% ../nbs/18_page.ipynb #abd0797b
 @dataclass(frozen=True)
 class Examples(Piece):
     examples: Sequence[Example]
@@ -287,6 +290,7 @@ def flat(blocks: Iterable[Piece]) -> list[Piece]:
     "The blocks, and those inside folds."
     return [x for b in blocks for x in ((b, *flat(b.blocks)) if isinstance(b, Fold) else (b,))]
 
+# %% ../nbs/18_page.ipynb #44f4b203
 def for_terminal(rows: Sequence[Sequence[str]], width: int = 80) -> str:
     "A table of at most so many columns: intervals go where they do not fit, then ends of names, then the last sets."
     first = min(34, max(len(r[0]) for r in rows))
@@ -333,6 +337,7 @@ class Report:
         text = lambda b: textwrap.fill(b.markdown(), 80) if isinstance(b, Paragraph) else for_terminal(b.rows)
         return "\n\n".join(map(text, shown))
 
+# %% ../nbs/18_page.ipynb #bc17aac8
 def report_files(
     made: Report,
     tables: bool = False, # as CSV too

@@ -59,6 +59,7 @@ def short_names(
     cut = [("…" if start else "") + n[start:] for n in names]
     return [visible(n if len(n) <= size else f"{n[:size // 2]}…{n[len(n) - size // 2 + 1:]}") for n in cut]
 
+# %% ../nbs/24_report.ipynb #ebd56a9e
 def of_n(
     key: str,     # of `NUMBERS`
     r: Responses, # of which it is
@@ -108,6 +109,7 @@ def best_vote(a: Assessment) -> str:
     if gain <= 0: return f"; no vote is better than the {alone}"
     return f"; of the votes, {of_n(k, a.responses)} is best, right {votes[k].value:.0%} against {alone}"
 
+# %% ../nbs/24_report.ipynb #a49f9547
 def verdict_of_one(a: Assessment) -> str:
     "Two sentences."
     return f"{ranking(a)} {at_the_threshold(a)}{best_vote(a)}."
@@ -170,6 +172,7 @@ def draw_auc(assessed: Mapping[str, Assessment]) -> Picture:
     title = "The further right, the better confidence ranks"
     return Picture("auc", title, drawn(chart, "AUC, 95 % over questions", "", title, ["–"]))
 
+# %% ../nbs/24_report.ipynb #206b1d3e
 def draw_confidence(name: str, r: Responses, i: int = 0) -> Picture:
     "Distributions of confidence for right and wrong responses."
     by, keep = next(iter(r.scores), "lpm"), r.score.isfinite()
@@ -242,6 +245,7 @@ def curves_of(
 LINES = {"any is right": (0, "2 3"), "most confident": (1, ""), "majority": (2, ""),
          "Perplexity Consistency": (1, "6 3"), "DeepConf": (4, ""), "one at random": (0, "6 3")}
 
+# %% ../nbs/24_report.ipynb #8b654f35
 def draw_votes(name: str, r: Responses, i: int = 0) -> Picture:
     "Accuracy of each vote against the number of responses that vote."
     curves = curves_of(r)
@@ -313,6 +317,7 @@ def shared_with(name: str, c: Comparison) -> str:
     alone = f"{c.unmatched[0]} in the first only, {c.unmatched[1]} in {name} only"
     return f" {c.shared} questions are shared; {alone}{other}."
 
+# %% ../nbs/24_report.ipynb #32f6cdec
 def difference_table(compared: Mapping[str, Comparison], first: Responses) -> list[Piece]:
     "Every difference to the first set, those marked whose interval excludes zero."
     if not compared: return []
@@ -390,6 +395,7 @@ def surprises(assessed: Mapping[str, Assessment]) -> list[Piece]:
     title = lambda k: "Responses that surprise" + f": {short_names([k])[0]}" * (len(assessed) > 1)
     return [Fold(title(k), [Examples(of)]) for k, of in shown.items() if of]
 
+# %% ../nbs/24_report.ipynb #3e2ac211
 def report(
     sources: ResponseSources,         # logs, or responses; the first is the baseline
     out: str | Path | None = None,    # folder to write; None: none
@@ -420,6 +426,7 @@ def report(
     if out is not None: save_report(made, out, tables)
     return made
 
+# %% ../nbs/24_report.ipynb #7854720c
 def summarised(
     assessed: Mapping[str, Assessment],
     compared: Mapping[str, Comparison],

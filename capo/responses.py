@@ -124,6 +124,7 @@ def as_lpm(x: Any) -> float:
     if as_number(x) <= 1e-4: return min(0., float(x)) # rounding
     raise ValueError("must be a mean of log-probabilities, at most 0")
 
+# %% ../nbs/22_responses.ipynb #0ef8473c
 def as_probabilities(x: Any) -> dict[str, float]:
     "By name; one without a name is called confidence."
     named = x if isinstance(x, dict) else {"confidence": x}
@@ -381,6 +382,7 @@ def read_responses(
     if not c.text: raise nothing_read(paths, refused, flaws)
     return as_table(c, seconds, refused=refused, flaws=tuple(flaws))
 
+# %% ../nbs/22_responses.ipynb #fb1666ff
 def convert(
     path: str | Path,                 # a log
     out: str | Path,                  # a file of responses; gzipped if it ends in .gz

@@ -35,6 +35,7 @@ from .train import TrainConfig, TrainResult, check_alone, train
 # %% ../nbs/33_run.ipynb #031ff203
 SIZES: dict[str, Any] = {"paper": paper_size, "grpo": grpo_size}
 
+# %% ../nbs/33_run.ipynb #adf8a43b
 @dataclass(frozen=True)
 class RunConfig(DataOptions, TrainConfig):
     "A whole run: model, data, method, what `TrainConfig` and `DataOptions` hold. Raises `ValueError` out of range."
@@ -284,6 +285,7 @@ def run(
     with saying_how_to_go_on(out), nullcontext() if resume else undone_if_failed(out):
         return run_loaded(config, out, model, tokenizer, problems, held_out, resume, accept_changes)
 
+# %% ../nbs/33_run.ipynb #f349bcc2
 def run_loaded(
     config: RunConfig,       # with absolute paths
     out: Path,               # the run's folder

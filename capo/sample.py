@@ -47,6 +47,7 @@ def cut_to_batches(
     os.truncate(path, sum(len(line) + 1 for line in lines[:done * n]))
     return done
 
+# %% ../nbs/25_sample.ipynb #369c985f
 def sample_to_file(
     sampler: Sampler,                                      # who answers
     problems: Sequence[Problem],                           # the questions

@@ -203,6 +203,7 @@ def _parted(token: Tensor, state: Tensor, row: Tensor, V: int) -> tuple[Tensor, 
 
 def patience(device: torch.device) -> int: return 1 if device.type == "cpu" else 8
 
+# %% ../nbs/09_sampling.ipynb #9ab2a0a4
 def _reader(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, rows: int, tokens: int) -> "_Room | _OwnCache":
     "What reads the model a token at a time."
     if can_share(model, prompt_ids.shape[1] + tokens): return _Room(model, prompt_ids, prompt_mask, rows, tokens)

@@ -263,6 +263,7 @@ def load_tokenizer(
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
+# %% ../nbs/11_task.ipynb #8642a92a
 def load_model(
     name: str,                 # a folder, a name on the hub, a folder with a LoRA adapter, or `tiny`
     dtype: str = "auto",       # float32, bfloat16 or float16; auto: as it was saved

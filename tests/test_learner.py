@@ -275,7 +275,7 @@ def test_every_setting_has_an_option_and_a_comment():
 
 
 BAD = {"--stepz 3": None,
-       "--model tiny --data arithmetic --method ppo": "method must be one of capo, grpo; it is ppo",
+       "--model tiny --data arithmetic --method ppo": "method must be one of capo, grpo, dr_grpo",
        "--data arithmetic": "model is missing",
        "--model tiny --data arithmetic --tau 0": "tau must be",
        "--model tiny --data nowhere.jsonl": "there is no file nowhere.jsonl",

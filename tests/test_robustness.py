@@ -137,7 +137,7 @@ def test_a_chain_of_one_term_is_refused(): refuses(lambda: lib.task.arithmetic(1
 
 @pytest.mark.parametrize("options",
                          [dict(workers=-1), dict(questions=0), dict(samples=0),
-                          dict(makers={"capo": lambda: lib.recipe.capo(tau=0)})], ids=str)
+                          dict(makers={"capo": lambda: lib.recipe.capo(tau=0)})], ids=" ".join)
 def test_a_comparison_that_cannot_run_writes_nothing(options, tmp_path, monkeypatch):
     class NoPool:
         def __init__(self, workers, context):
