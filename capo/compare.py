@@ -182,7 +182,7 @@ def check_comparison(
 ) -> None:
     "Raises `ValueError` for what `compare` cannot run; a recipe that cannot be made says so itself."
     if not makers or not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"at least one arm and distinct seeds are needed; they are {list(makers)} and {list(seeds)}")
+        raise ValueError(f"at least one arm and distinct seeds are needed; arms: {len(makers)}, seeds: {list(seeds)}")
     for name, x in numbers.items():
         if x is not None and x < 1: raise ValueError(f"{name} must be at least 1; it is {x}")
     for make in makers.values(): make()
