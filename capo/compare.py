@@ -50,6 +50,7 @@ def arms(
         "capo-nomask": partial(capo, tau, 1, math.inf, grpo_size),
         "grpo-across": partial(grpo, True, 1, math.inf, .5),
         "capo-across": partial(capo, tau, ref_low, ref_high, grpo_size, .5),
+        "grpo-mask-across": partial(grpo, True, ref_low, ref_high, .5),
         "dr_grpo": partial(dr_grpo, 16)}                        # a sum over 16 tokens at most, not over 3000
     return made | {name: make for name, make in METHODS.items() if name not in made}
 
@@ -339,8 +340,11 @@ def final_numbers(
     return Table([{"": label} | {arm: cell(arm, key) for arm in final} for key, label in ROWS.items()])
 
 # %% ../nbs/34_compare.ipynb #ed430357
-COLOURS = {"grpo": "0.45", "capo": "tab:blue", "grpo-mask": "0.75", "capo-nomask": "tab:cyan"}
-LABELS = {"grpo": "GRPO", "capo": "CAPO", "grpo-mask": "GRPO, mask", "capo-nomask": "CAPO, no mask"}
+COLOURS = {"grpo": "0.45", "capo": "tab:blue", "grpo-mask": "0.75", "capo-nomask": "tab:cyan",
+           "grpo-across": "tab:brown", "grpo-mask-across": "tab:orange", "capo-across": "tab:green"}
+LABELS = {"grpo": "GRPO", "capo": "CAPO", "grpo-mask": "GRPO, mask", "capo-nomask": "CAPO, no mask",
+          "grpo-across": "GRPO, half across", "grpo-mask-across": "GRPO, mask, half across",
+          "capo-across": "CAPO, half across"}
 
 def curves_by_seed(
     summary: Mapping[str, Any], # of `summarise`
