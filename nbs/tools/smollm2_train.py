@@ -24,12 +24,12 @@ from capo.responses import locked, response_rows, write_responses, write_whole
 from capo.rollout import HFSampler, Rollouts, rollout, score
 from capo.task import last_integer, verify
 from capo.train import TrainConfig, train
-from smollm2_sums import BUDGET, CACHE, DATA, HELD_OUT, QUESTIONS, TASKS, WARM, load, numbers, spread
+from smollm2_sums import BUDGET, CACHE, DATA, HELD_OUT, QUESTIONS, TASKS, load, numbers, spread
 
 ARMS = "grpo", "capo", "capo-across", "grpo-mask", "grpo-across"       # in the order in which they are run
 UNREPORTED, RATES = 101, (5e-5, 1e-4, 2e-4)                              # seed of the settings; rates to choose from
 CONFIG = TrainConfig(steps=100, questions=16, group_size=8, updates=1, max_new_tokens=BUDGET, sample_tokens=CACHE,
-                     token_budget=2**13, eval_every=25, save_every=1, keep=1, lora_rank=16)
+                     token_budget=2**12, eval_every=25, save_every=1, keep=1, lora_rank=16)
 
 
 def dump(path, x): write_whole(path, json.dumps(x, indent=1) + "\n")
@@ -238,7 +238,7 @@ def collect(bench, a):
 if __name__ == "__main__":
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--work", type=Path, default=DATA.parents[2]/"runs/smollm2")
-    ask.add_argument("--model", type=Path, default=WARM)
+    ask.add_argument("--model", type=Path, required=True, help="a warm-started one")
     ask.add_argument("--questions", type=int, default=QUESTIONS, help="held-out questions; fewer to try it out")
     commands = ask.add_subparsers(required=True)
     one = commands.add_parser("settings", help=settings.__doc__)
