@@ -1,5 +1,5 @@
 "The runs of the pretrained model, on a small one: task, warm start, arms that are stopped and go on, records."
-import argparse, csv, json, random
+import argparse, csv, gzip, json, random
 from dataclasses import replace
 
 import pytest
@@ -70,7 +70,7 @@ def test_settings_runs_and_records(bench, tmp_path):
     evals = rows(bench.work/"capo-2/evals.csv")
     assert [int(e["step"]) for e in evals] == [0, 2, 4]
     first = [rows(bench.work/f"{arm}-1/evals.csv")[0] for arm in ("grpo", "capo")]
-    assert first[0] == first[1] and first[0]["rescored_auc"] == first[0]["auc_mean"]
+    assert first[0] == first[1]
     runner.collect(bench, asked(bench, arms=["grpo", "capo", "grpo-mask"]))
     summary = json.loads((bench.work/"out/summary.json").read_text())
     assert set(summary["final"]) == {"base", "grpo", "capo"} and summary["seeds"] == [1, 2]
@@ -79,6 +79,15 @@ def test_settings_runs_and_records(bench, tmp_path):
     assert summary["final"]["grpo"]["accuracy"]["by_seed"][1] == pytest.approx(last.correct.double().mean().item())
     answers = read_responses(bench.work/"responses/capo.jsonl.gz")
     assert len(answers) == 12 and len(answers.text) == 48
+    with gzip.open(bench.work/"responses/capo.jsonl.gz", "rt") as f: assert all("ref_ppl" in line for line in f)
+
+
+def test_answers_that_are_scored_again_by_who_gave_them_keep_their_order(bench):
+    first = runner.base(bench, 1)
+    again = runner.some(runner.said(bench, 1))
+    assert again.reward.shape == (6, 2) and len(again.text[0]) == 2
+    rescored = replace(again, logp=runner.score(bench.model(), again))
+    assert runner.evaluate(rescored)["auc_mean"] == pytest.approx(first["rescored_auc"], nan_ok=True)
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_numbers(bench, monkeypatch):
