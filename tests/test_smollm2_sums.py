@@ -34,6 +34,10 @@ def test_a_teacher_without_slips_is_right_and_one_with_carries_on():
     assert total != "85" and second.startswith(f"{total}-25=") and int(second.split("=")[1]) != int(total) - 25
 
 
+def test_a_question_is_not_held_out_if_there_are_too_few():
+    with pytest.raises(ValueError, match="only 162"): Sums((1, 1), 0).problems(163, 0)
+
+
 def test_the_spread_is_within_groups_and_among_those_that_ended():
     class R: pass
     r = R()
@@ -47,7 +51,7 @@ def bench(tmp_path, monkeypatch):
     "The small base model, which knows these sums a little, in the place of the warm-started one; all else small too."
     folder, (model, tokenizer) = tmp_path/"warm", base_model()
     model.save_pretrained(folder); tokenizer.save_pretrained(folder)
-    (folder/"warm.json").write_text(json.dumps({"task": next(iter(TASKS)), "sha256": "0"}))
+    (folder/"warm.json").write_text(json.dumps({"task": "1+1+1+1 digits, slips 0.1", "sha256": "0"}))
     config = replace(runner.CONFIG, questions=4, group_size=4, max_new_tokens=12, lora_rank=2)
     for name, x in (("CONFIG", config), ("RATES", (1e-3, 1e-2)), ("BUDGET", 12)): monkeypatch.setattr(runner, name, x)
     return runner.Bench(tmp_path/"work", folder, samples=4, questions=6)
