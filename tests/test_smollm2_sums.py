@@ -16,13 +16,15 @@ from smollm2_sums import TASKS, Sums
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_worked_solutions_show_their_steps(task):
     pages, problems = task.pages(50, 0), task.problems(50, 1)
-    assert all(str(eval(p.prompt[:-1])) == p.answer for p in problems) and len({p.prompt for p in problems}) == 50
-    for prompt, page in pages:
+    bare = lambda prompt: prompt.removeprefix(sums.START)
+    assert all(str(eval(bare(p.prompt)[:-1])) == p.answer for p in problems)
+    assert len({p.prompt for p in problems}) == 50 and all(p.prompt.startswith(sums.START) for p in problems)
+    for prompt, page in ((bare(prompt), page) for prompt, page in pages):
         steps = page.split(",")
         assert len(steps) == len(task.digits) - 1 and prompt.startswith(steps[0].split("=")[0])
         totals = [step.split("=")[1] for step in steps]
         assert all(step.startswith(total) for step, total in zip(steps[1:], totals))
-    right = sum(verify(page, str(eval(prompt[:-1]))) for prompt, page in pages)
+    right = sum(verify(page, str(eval(bare(prompt)[:-1]))) for prompt, page in pages)
     assert (right == 50) == (task.slips == 0)
     assert not {prompt for prompt, _ in task.pages(200, 3)} & {p.prompt for p in task.problems(256, sums.HELD_OUT)}
 
@@ -54,6 +56,7 @@ def bench(tmp_path, monkeypatch):
     (folder/"warm.json").write_text(json.dumps({"task": "1+1+1+1 digits, slips 0.1", "sha256": "0"}))
     config = replace(runner.CONFIG, questions=4, group_size=4, max_new_tokens=12, lora_rank=2)
     for name, x in (("CONFIG", config), ("RATES", (1e-3, 1e-2)), ("BUDGET", 12)): monkeypatch.setattr(runner, name, x)
+    monkeypatch.setattr(sums, "START", "")
     return runner.Bench(tmp_path/"work", folder, samples=4, questions=6)
 
 

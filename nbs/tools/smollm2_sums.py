@@ -21,6 +21,7 @@ from capo.rollout import HFSampler, rollout
 from capo.task import Problem, load_model, load_tokenizer, verify, warm_start
 from smollm2 import FOLDER as MODEL
 
+START = "<|im_start|>" # the model looks at the first token from everywhere and reads nothing from it: not a number
 NBS = Path(__file__).resolve().parents[1]
 DATA, WARM = NBS/"data/smollm2_runs", NBS.parent/"runs/SmolLM2-warm"
 
@@ -42,12 +43,12 @@ class Sums:
         if n + len(exclude) > every: raise ValueError(f"there are only {every} such questions")
         while len(found) < n:
             q = self.question(rng)
-            if q not in exclude: found[q] = Problem(q, str(eval(q[:-1])))
+            if START + q not in exclude: found[q] = Problem(START + q, str(eval(q[:-1])))
         return list(found.values())
 
-    def worked(self, prompt, rng):
+    def worked(self, question, rng):
         "47+38-25= → 47+38=85,85-25=60; a slip is off by 1 to 10, and carries on."
-        terms = re.findall(r"[+-]\d+", "+" + prompt)
+        terms = re.findall(r"[+-]\d+", "+" + question)
         value, steps = int(terms[0]), []
         for t in terms[1:]:
             before, value = value, value + int(t)
@@ -60,8 +61,8 @@ class Sums:
     def pages(self, n, seed):
         "`n` questions with worked solutions, none of the held-out ones; a question may come again."
         rng, held_out = random.Random(seed), {p.prompt for p in self.problems(QUESTIONS, HELD_OUT)}
-        asked = (q for q in iter(lambda: self.question(rng), None) if q not in held_out)
-        return [(q, self.worked(q, rng)) for q in islice(asked, n)]
+        asked = (q for q in iter(lambda: self.question(rng), None) if START + q not in held_out)
+        return [(START + q, self.worked(q, rng)) for q in islice(asked, n)]
 
 
 TASKS = {f"{'+'.join(map(str, digits))} digits, slips {slips:g}": Sums(digits, slips) for digits, slips in (
