@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['METHODS', 'over_responses', 'over_tokens', 'over_length', 'clipped_gain', 'clipped', 'tokens', 'normalised',
            'dr_grpo', 'mixed', 'dapo', 'sequence_ratio', 'gspo', 'cispo', 'response_mean', 'in_groups', 'no_weight',
-           'by_class', 'disco', 'real', 'c2gspg', 'unlikeliness', 'question_weight', 'codapo', 'staircase', 'cde',
-           'simko', 'pairwise', 'method']
+           'by_class', 'disco', 'real', 'c2gspg', 'unlikeliness', 'question_weight', 'worthwhile', 'codapo',
+           'staircase', 'cde', 'simko', 'pairwise', 'method']
 
 # %% ../nbs/31_baselines.ipynb #ed46e23f
 import inspect, math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 import torch
 from torch import Tensor
@@ -217,18 +218,23 @@ def question_weight(r: Rollouts, offset: float) -> Tensor:
     c, d = r.lpm.nan_to_num(0).mean(1, keepdim=True).exp(), 1 - (r.reward > 0).float().mean(1, keepdim=True)
     return c * 4 * d * (1 - d) + offset
 
+def worthwhile(r: Rollouts, offset: float, times: int) -> Tensor:
+    "Questions whose weight reaches the third quartile, by number, each `times` over; as many as the batch has, (B,)."
+    w = question_weight(r, offset)[:, 0]
+    chosen = (w >= w.quantile(.75)).nonzero()[:, 0].repeat_interleave(times)
+    return chosen.repeat(-(-len(r) // len(chosen)))[:len(r)]
+
 def codapo(
     offset: float = 0.1,  # what the weight is at least
     scale: bool = True,   # divide by the group's standard deviation
-    refill: bool = False, # keep the questions above the third quartile of the weight, draw the others anew
+    again: int = 0,       # how often a second round asks each question at or above the third quartile; the authors: 4
 ) -> Recipe:
-    "CoDaPO. (2606.07950; tmlr-group/CoDaPO, compute_codapo_advantage.)"
+    "CoDaPO. (2606.07950; tmlr-group/CoDaPO, compute_codapo_advantage and codapo/ray_trainer.py.)"
     if offset < 0: raise ValueError(f"offset must not be negative; it is {offset}")
-    def worth(r: Rollouts) -> Tensor:
-        w = question_weight(r, offset)[:, 0]
-        return w >= w.quantile(.75)
+    if again < 0: raise ValueError(f"again must be at least 0; it is {again}")
     return Recipe("codapo", lambda r, step: question_weight(r, offset) * normalised(r, r.reward, scale),
-                  refill=worth if refill else None, settings=dict(offset=offset, scale=scale, refill=refill))
+                  again=partial(worthwhile, offset=offset, times=again) if again else None,
+                  settings=dict(offset=offset, scale=scale, again=again))
 
 # %% ../nbs/31_baselines.ipynb #06241020
 def staircase(

@@ -38,8 +38,13 @@ class Recipe:
     keep: Keep | None = None    # which labels are trusted; None: all, and no reference model is needed
     count: Callable[[Tensor], Any] = len # mask (N, T) → what the loss is a mean over, here responses
     refill: Callable[[Rollouts], Tensor] | None = None # which questions stay, (B,), the rest is drawn anew; None: all
+    again: Callable[[Rollouts], Tensor] | None = None # which a second round asks, (B,), by number; None: no such round
     needs: Mapping[str, Any] = field(default_factory=dict) # what else the loss takes by name: of `SUPPLIES`
     settings: Mapping[str, Any] = field(default_factory=dict) # what it was made with, for records
+
+    def __post_init__(self):
+        if self.refill and self.again:
+            raise ValueError("a recipe has refill or again, not both: again counts the questions as they were asked")
 
 # %% ../nbs/30_recipe.ipynb #03a7aa31
 def trust(

@@ -396,14 +396,19 @@ def train(
     learner, result = Learner(policy, config), TrainResult(policy)
     result.step = keeper.begin(policy, tokenizer, learner) if keeper else 0
     learn_from = partial(experience, sampler, policy, verify=verify, reference=reference, config=config)
+    def learn(r: Rollouts, step: int) -> list[dict[str, float]]:
+        A = recipe.advantage(r, step)
+        return [update(policy, learner, recipe, r[s], A[s], config, step) for s in shares(config)]
     def measure(step: int) -> None:
         if evaluate: result.evals.append({"step": step} | evaluate(policy, step))
     for step, batch in islice(enumerate(batches(problems, config), 1), result.step, None):
         if (step - 1) % config.eval_every == 0: measure(step - 1)
         start = time.perf_counter()
         r, extra = filled(recipe, learn_from, batch, problems, config, step)
-        A = recipe.advantage(r, step)
-        updates = [update(policy, learner, recipe, r[s], A[s], config, step) for s in shares(config)]
+        updates = learn(r, step)
+        if recipe.again:                                    # the step of its seed is beyond those of `filled`
+            second, _ = learn_from(problems=[batch[i] for i in recipe.again(r)], step=step + 10 * config.steps)
+            updates, extra["again"] = updates + learn(second, step), second.reward.mean().item()
         row = {"step": step} | step_stats(r, recipe) | mean_of(updates) | extra
         result.rows.append(row | {"lr": learning_rate(step, config), "seconds": time.perf_counter() - start})
         if log: log(result.rows[-1])
