@@ -387,8 +387,8 @@ def train(
     keeper: Keeper | None = None,                                # where to begin, and what to save; None: nothing
 ) -> TrainResult:
     "Trains a policy by a recipe. Raises `ValueError`, `NonFiniteLoss`. (Paper, objective; 2402.03300.)"
-    check_start(problems)
-    recipe, verify = recipe or capo(), Guarded(verify, config.verify_seconds)
+    check_start(problems, recipe := recipe or capo(), config)
+    verify = Guarded(verify, config.verify_seconds)
     policy = prepare(model, config)
     config = fitted(config, policy, tokenizer, problems)
     sampler = sampler or sampler_of(policy, tokenizer, config)
@@ -425,10 +425,11 @@ def check_alone() -> None:
     if n == 1: return
     raise ValueError(f"capo.train is one process, WORLD_SIZE is {n}: for several processes use capo.trl or capo.verl")
 
-def check_start(problems: Sequence[Problem]) -> None:
+def check_start(problems: Sequence[Problem], recipe: Recipe, config: TrainConfig) -> None:
     "Raises `ValueError` for what `TrainConfig` cannot know."
     check_alone()
     if not len(problems): raise ValueError("problems is empty: there is nothing to train on")
+    if config.questions < 2 and recipe.settings.get("across"): raise ValueError("across needs at least two questions")
 
 def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     "Column by column."
