@@ -246,7 +246,8 @@ def add_demo(commands: Any) -> None:
     d.add_argument("--eval-every", type=int, default=50, help="steps between evaluations")
     d.add_argument("--fresh-base", action="store_true", help="pretrain a base model for each seed, not the shipped one")
     d.add_argument("--workers", type=int, help="processes; by default one a core")
-    d.add_argument("--out", help="new folder for the results; by default runs/demo-DATE-TIME")
+    d.add_argument("--out", help="folder for the results, new or of the same run, which goes on; "
+                   "by default runs/demo-DATE-TIME")
 
 def add_base(commands: Any) -> None:
     "The options of `capo base`."

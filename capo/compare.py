@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['TAU', 'REF_LOW', 'REF_HIGH', 'STATISTICS', 'LOGGED', 'ROWS', 'COLOURS', 'LABELS', 'arms', 'held_out_questions',
            'training_questions', 'evaluator', 'Job', 'save_responses', 'screen_line', 'progress', 'average',
-           'lpm_and_reward', 'run_job', 'make_base', 'commit', 'described', 'check_comparison', 'compare', 'over_seeds',
-           'by_seed', 'mixed_in_all', 'numbers_of', 'shared_auc', 'summarise', 'at_accuracy', 'equal_accuracy',
-           'with_interval', 'final_numbers', 'curves_by_seed', 'draw_band', 'draw_comparison']
+           'lpm_and_reward', 'run_job', 'train_job', 'make_base', 'commit', 'described', 'check_comparison',
+           'made_with', 'processes', 'compare', 'over_seeds', 'by_seed', 'mixed_in_all', 'numbers_of', 'shared_auc',
+           'summarise', 'at_accuracy', 'equal_accuracy', 'with_interval', 'final_numbers', 'curves_by_seed',
+           'draw_band', 'draw_comparison']
 
 # %% ../nbs/34_compare.ipynb #ffd885ae
 import json, math, multiprocessing, os, platform, shutil, subprocess
@@ -24,14 +25,14 @@ import capo as _capo
 from .baselines import METHODS, dr_grpo
 from .calibration import auc_mean, group_auc, pair_auc, pooled_auc
 from .evaluate import Table, accuracy, bootstrap, evaluate
-from .folder import CSVLog, new_folder
+from .folder import CSVLog, same_run
 from .logprob import mean_logp
 from .recipe import Recipe, capo, grpo, grpo_size
-from .responses import response_rows, write_responses
+from .responses import response_rows, write_responses, write_whole
 from .rollout import HFSampler, Rollouts, rollout, rollout_logps
 from .keep import saving_bad_step
-from .task import Problem, arithmetic, arithmetic_tokenizer, calibrated_teacher, last_integer, limit_threads
-from .task import pretrain, tiny_lm, verify
+from .task import Problem, Teacher, arithmetic, arithmetic_tokenizer, calibrated_teacher, last_integer
+from .task import limit_threads, pretrain, tiny_lm, verify
 from .train import TrainConfig, train
 from .vote import most_confident
 
@@ -114,12 +115,21 @@ def average(rows: Sequence[Mapping[str, float]], key: str) -> float:
     "The mean of one number of a log."
     return sum(row[key] for row in rows) / len(rows)
 
-def lpm_and_reward(r: Rollouts) -> tuple[list, list]:
-    "What the statistics need of rollouts, as lists that any process can send."
-    return r.lpm.tolist(), r.reward.tolist()
+def lpm_and_reward(r: Rollouts) -> list[list]:
+    "What the statistics need of rollouts, as lists that any process can send and any file keep."
+    return [r.lpm.tolist(), r.reward.tolist()]
 
 def run_job(job: Job) -> dict[str, Any]:
     "Trains and evaluates one arm; returns its evaluations, and every response's lpm and reward of first and last."
+    folder = Path(job.folder)
+    if (folder / "result.json").exists(): return json.loads((folder / "result.json").read_text())
+    if folder.exists(): shutil.rmtree(folder)              # of a run that was interrupted
+    result = train_job(job)
+    write_whole(folder / "result.json", json.dumps(result))
+    return result
+
+def train_job(job: Job) -> dict[str, Any]:
+    "The work of `run_job`, in a new folder."
     from transformers import AutoModelForCausalLM
     folder, seed = Path(job.folder), job.config.seed
     kept: dict[int, Rollouts] = {}
@@ -149,15 +159,23 @@ def run_job(job: Job) -> dict[str, Any]:
             "seconds": average(result.rows, "seconds"), "masked": average(result.rows, "masked")}
 
 # %% ../nbs/34_compare.ipynb #6f085ac3
-def make_base(seed: int, folder: str, steps: int = 2400) -> str:
-    "Pretrains the small model on the calibrated teacher's pages and saves it; two minutes on one core."
-    model, tokenizer = tiny_lm(seed=seed), arithmetic_tokenizer()
+def make_base(
+    seed: int,                                    # of weights, teacher and pages
+    folder: str,                                  # for the model; one that is there is kept
+    steps: int = 2400,                            # of pretraining
+    teacher: Callable[[int], Teacher] = calibrated_teacher, # seed → whose pages it learns from
+) -> str:
+    "Pretrains the small model on a teacher's pages and saves it; two minutes on one core. Returns the folder."
+    if (Path(folder) / "config.json").exists(): return folder
+    model, tokenizer, part = tiny_lm(seed=seed), arithmetic_tokenizer(), f"{folder}.part"
     limit_threads(model)
-    pages = pretrain(model, tokenizer, calibrated_teacher(seed), steps=steps, seed=seed)
+    pages = pretrain(model, tokenizer, teacher(seed), steps=steps, seed=seed)
     with progress(steps, f"base seed {seed}", pages) as bar:
         for loss in bar: bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-    model.save_pretrained(folder)
+    model.save_pretrained(part)
+    os.replace(part, folder)
     return folder
+
 
 # %% ../nbs/34_compare.ipynb #88f845be
 def commit() -> str | None:
@@ -174,7 +192,8 @@ def described(
 ) -> list[str]:
     "Its name and arguments, in words that can be written into a file."
     said = lambda x: getattr(x, "__name__", str(x))
-    return [said(getattr(make, "func", make)), *map(said, getattr(make, "args", ()))]
+    named = [f"{k}={said(v)}" for k, v in getattr(make, "keywords", {}).items()]
+    return [said(getattr(make, "func", make)), *map(said, getattr(make, "args", ())), *named]
 
 def check_comparison(
     makers: Mapping[str, Callable[[], Recipe]], # the arms
@@ -188,9 +207,19 @@ def check_comparison(
         if x is not None and x < 1: raise ValueError(f"{name} must be at least 1; it is {x}")
     for make in makers.values(): make()
 
+def made_with() -> dict[str, Any]:
+    "The versions that numbers should name."
+    return {"version": _capo.__version__, "commit": commit(), "torch": torch.__version__,
+            "python": platform.python_version()}
+
+def processes(workers: int | None = None) -> Any:
+    "So many fresh processes; None: one a core."
+    return ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"))
+
+
 # %% ../nbs/34_compare.ipynb #e1e08da6
 def compare(
-    folder: str | Path,                                 # where files go; must be new
+    folder: str | Path,                                 # where files go; new, or of the same run
     makers: Mapping[str, Callable[[], Recipe]],         # the arms, by name
     seeds: Sequence[int] = (0,),                        # one run of each arm for each
     config: TrainConfig = TrainConfig(),                # of every run, but for the seed
@@ -201,29 +230,28 @@ def compare(
     note: Mapping[str, Any] = {},                       # goes into config.json, such as the command
     begin: Callable[[], None] = lambda: None,           # called when everything has been checked and work starts
 ) -> dict[str, Any]:
-    """Trains every arm on every seed and returns the summary that it wrote.
+    """Trains every arm on every seed and returns the summary that it wrote; what an earlier call finished is read.
 
     Files: `config.json`, `summary.json`, `comparison.png`, for each seed `base-SEED.jsonl.gz`,
-    and for each run a folder `ARM-SEED` with `log.csv`, `evals.csv`, `responses.jsonl.gz`.
-    Raises `FileExistsError` if the folder holds something, `ValueError` if there is no arm or no seed, or one twice."""
+    and for each run a folder `ARM-SEED` with `log.csv`, `evals.csv`, `responses.jsonl.gz`, `result.json`.
+    Raises `ValueError` if the folder holds a run with other settings, with what differs, or if there is no arm or no
+    seed, or one twice; `FileExistsError` if the folder holds something else."""
     check_comparison(makers, seeds, workers=workers, questions=questions, samples=samples)
-    folder = new_folder(folder)
+    folder = same_run(folder, {"arms": {arm: described(make) for arm, make in makers.items()}, "seeds": list(seeds),
+                               "fresh_base": fresh_base, "train": asdict(config), "questions": questions,
+                               "samples": samples}, made_with() | note)
     begin()
-    versions = {"version": _capo.__version__, "commit": commit(),
-                "torch": torch.__version__, "python": platform.python_version()}
-    settings: dict[str, Any] = {"arms": {arm: described(make) for arm, make in makers.items()}, "seeds": list(seeds),
-                "fresh_base": fresh_base, "train": asdict(config), "questions": questions, "samples": samples}
-    (folder / "config.json").write_text(json.dumps({**settings, **versions, **note}, indent=1) + "\n")
-    with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    with processes(workers) as pool:
         bases = dict.fromkeys(seeds, str(resources.files("capo") / "base"))
         if fresh_base: bases = dict(zip(seeds, pool.map(make_base, seeds, [str(folder / f"base-{s}") for s in seeds])))
         job = lambda arm, make, s, first: Job(arm, make, bases[s], str(folder / f"{arm}-{s}"), replace(config, seed=s),
                                               questions, samples, save_base=first)
         jobs = [job(arm, make, s, i == 0) for s in seeds for i, (arm, make) in enumerate(makers.items())]
         summary = summarise(list(pool.map(run_job, jobs)))
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     draw_comparison(summary).savefig(folder / "comparison.png", dpi=130, bbox_inches="tight")
     return summary
+
 
 # %% ../nbs/34_compare.ipynb #adf5d03d
 STATISTICS: dict[str, Callable[[Tensor, Tensor], float]] = {

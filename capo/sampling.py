@@ -229,7 +229,8 @@ def adapter_added(
 ) -> Iterator[None]:
     "Inside, LoRA adapters in float32 are added to the weights; behind, the weights are what they were."
     fits = lambda m: hasattr(m, "lora_A") and hasattr(m, "merge") and not m.disable_adapters and not m.merged
-    wide = lambda m: m.get_base_layer().weight.dtype in (torch.float32, torch.float64)
+    weight = lambda m: None if hasattr(m, "parameter_name") else m.get_base_layer().weight    # of experts: many in one
+    wide = lambda m: getattr(weight(m), "dtype", None) in (torch.float32, torch.float64)
     layers = [m for m in model.modules() if fits(m) and wide(m)]
     before = [m.get_base_layer().weight.data for m in layers]
     for m, w in zip(layers, before):

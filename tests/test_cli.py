@@ -149,7 +149,7 @@ def test_a_demo_from_end_to_end(monkeypatch, capsys):
     out = Path("runs/new")
     assert {p.name for p in out.iterdir()} == {"config.json", "summary.json", "comparison.png", "base-3.jsonl.gz",
                                                "capo-3"}
-    command = json.loads((out / "config.json").read_text())["command"]
+    command = json.loads((out / "config.json").read_text())["made_with"]["command"]
     assert command == "capo demo --steps 2 --method capo --seeds 3 --out runs/new"
     said, final = capsys.readouterr().out, json.loads((out / "summary.json").read_text())["final"]
     assert f"{final['capo']['accuracy']['mean']:.3f}" in said and "runs/new/comparison.png" in said

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import pickle
+import shutil
 from functools import partial
 from importlib import resources
 
@@ -15,8 +16,8 @@ from capo import compare as lib
 from capo.baselines import METHODS
 from capo.calibration import auc_mean, group_auc, pair_auc, pooled_auc
 from capo.compare import (
-    Job, arms, at_accuracy, compare, draw_comparison, equal_accuracy, evaluator, final_numbers, held_out_questions,
-    make_base, mixed_in_all, over_seeds, run_job, summarise, training_questions)
+    Job, arms, at_accuracy, compare, described, draw_comparison, equal_accuracy, evaluator, final_numbers,
+    held_out_questions, make_base, mixed_in_all, over_seeds, run_job, summarise, training_questions)
 from capo.evaluate import accuracy, most_confident
 from capo.recipe import capo, grpo, grpo_size
 from capo.rollout import HFSampler, rollout
@@ -56,12 +57,12 @@ RUNS = ["grpo-0", "capo-0", "grpo-3", "capo-3"]
 def test_the_files_of_a_comparison(done):
     folder, summary = done
     of_all = ["config.json", "summary.json", "comparison.png", "base-0.jsonl.gz", "base-3.jsonl.gz"]
-    of_each = [f"{r}/{f}" for r in RUNS for f in ("log.csv", "evals.csv", "responses.jsonl.gz")]
+    of_each = [f"{r}/{f}" for r in RUNS for f in ("log.csv", "evals.csv", "responses.jsonl.gz", "result.json")]
     assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == sorted(of_all + of_each)
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     about = json.loads((folder / "config.json").read_text())
-    assert about["train"]["steps"] == 4 and about["seeds"] == [0, 3]
-    assert about["command"] == "a word" and list(about["arms"]) == ["grpo", "capo"]
+    assert about["run"]["train"]["steps"] == 4 and about["run"]["seeds"] == [0, 3]
+    assert about["made_with"]["command"] == "a word" and list(about["run"]["arms"]) == ["grpo", "capo"]
     assert (folder / "comparison.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -175,10 +176,35 @@ def test_the_arms_and_their_settings():
     assert pickle.loads(pickle.dumps(Job("grpo", grpo, BASE, "x", QUICK))) == Job("grpo", grpo, BASE, "x", QUICK)
 
 
-def test_a_job_does_not_touch_the_folder_of_another(tmp_path):
-    (tmp_path / "grpo-0").mkdir()
-    with pytest.raises(FileExistsError): run_job(Job("grpo", grpo, BASE, str(tmp_path / "grpo-0"), QUICK, 2, 2))
-    assert not list((tmp_path / "grpo-0").iterdir())
+def test_a_job_that_is_done_is_read_and_one_that_was_interrupted_is_made_again(tmp_path, monkeypatch):
+    job = Job("grpo", grpo, BASE, str(tmp_path / "grpo-0"), QUICK, 4, 2)
+    first = run_job(job)
+    with monkeypatch.context() as patch:
+        patch.setattr(lib, "train_job", None)              # nothing is computed
+        assert json.dumps(run_job(job)) == json.dumps(first)
+    (tmp_path / "grpo-0" / "result.json").unlink()
+    (tmp_path / "grpo-0" / "log.csv").write_text("half a li")
+    again = run_job(job)
+    assert again.pop("seconds") > 0 and first.pop("seconds") > 0 and json.dumps(again) == json.dumps(first)
+    assert [row["step"] for row in rows(tmp_path / "grpo-0" / "log.csv")] == ["1", "2", "3", "4"]
+
+
+def test_a_comparison_goes_on_where_it_was_stopped_and_refuses_other_settings(done, tmp_path, monkeypatch):
+    folder, summary = done
+    made, train_job = [], lib.train_job
+    monkeypatch.setattr(lib, "train_job", lambda job: made.append(f"{job.arm}-{job.config.seed}") or train_job(job))
+    shutil.copytree(folder, tmp_path / "one")
+    for name in ("capo-0/result.json", "summary.json"): (tmp_path / "one" / name).unlink()
+    shutil.rmtree(tmp_path / "one" / "grpo-3")
+    again = quick(tmp_path / "one")
+    assert made == ["capo-0", "grpo-3"] and again["evals"] == summary["evals"]
+    for other in (dict(seeds=(0,)), dict(samples=2), dict(makers={"grpo": grpo})):
+        with pytest.raises(ValueError, match="holds another run, its"): quick(tmp_path / "one", **other)
+
+
+def test_an_arm_is_described_by_its_function_and_its_arguments():
+    assert described(partial(grpo, True, ref_low=1.5)) == ["grpo", "True", "ref_low=1.5"]
+    assert described(grpo) == ["grpo"]
 
 
 def test_a_base_model_is_made_by_its_seed(tmp_path):
