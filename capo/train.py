@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'TrainConfig', 'batches', 'learning_rate', 'prepare', 'Learner', 'counted', 'accumulate', 'check_update',
            'update', 'shares', 'step_stats', 'TimeUp', 'within', 'Guarded', 'answered', 'own_logps', 'experience',
-           'referred', 'filled', 'Keeper', 'TrainResult', 'flushing', 'train', 'check_alone', 'check_start', 'mean_of',
-           'fitted', 'sampler_of']
+           'referred', 'Keeper', 'TrainResult', 'flushing', 'train', 'check_alone', 'check_start', 'mean_of', 'fitted',
+           'sampler_of']
 
 # %% ../nbs/32_train.ipynb #a54667d1
 import math, os, random, signal, threading, time
@@ -25,7 +25,7 @@ from .folder import NonFiniteLoss, at_least, not_negative, notice, one_of, posit
 from .grpo import clip_fraction, kl_penalty, policy_ratio
 from .policy import (ADAPTERS, DTYPES, budget_for, check_context, free_memory, has_adapter, is_exact, recomputing,
                          reference_logps, starting_model, trainable_dtype, with_lora)
-from .recipe import Recipe, capo, refilled, spare, supplied
+from .recipe import Recipe, capo, filled, supplied
 from .rollout import HFSampler, Rollouts, Sampler, corrected, mismatch, parts, rollout, score, taught_logps
 from .task import Problem
 
@@ -339,22 +339,6 @@ def referred(r: Rollouts, reference: Callable[..., Tensor], config: TrainConfig)
     "The rollouts with the reference's log-probabilities, at temperature 1 and, for a KL, at that of sampling."
     tempered = reference(r, r.temperature) if config.kl and r.temperature != 1 else None
     return replace(r, ref_logp=reference(r), ref_tempered_logp=tempered)
-
-# %% ../nbs/32_train.ipynb #c0ffee02
-def filled(
-    recipe: Recipe,                 # may refill
-    learn_from: Callable[..., Any], # `experience`, but for problems and step
-    batch: Sequence[Problem],       # of this step
-    problems: Sequence[Problem],    # all, for further batches
-    config: TrainConfig,            # seed and steps
-    step: int,                      # counted from 1
-) -> tuple[Rollouts, dict[str, float]]:
-    "The experience of a step, with groups of further batches in the place of those that the recipe does without."
-    r, extra = learn_from(problems=batch, step=step)
-    if recipe.refill:
-        another = lambda k: learn_from(problems=spare(problems, config, step, k), step=step + k * config.steps)[0]
-        r, extra["batches"] = refilled(r, recipe.refill, another)
-    return r, extra
 
 # %% ../nbs/32_train.ipynb #5d22f3ee
 @runtime_checkable
