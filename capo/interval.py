@@ -8,7 +8,7 @@ __all__ = ['Weighted', 'bootstrap', 'resamples', 'Statistic', 'ratio', 'question
            'student', 'wilson', 'interval', 'Estimate']
 
 # %% ../nbs/19_interval.ipynb #19fe7f91
-import math
+import functools, math
 from collections.abc import Callable
 from dataclasses import dataclass
 import torch
@@ -190,6 +190,7 @@ def influence(
     return value.item(), torch.zeros(B, dtype=torch.float64) if moved is None else moved[0]
 
 # %% ../nbs/19_interval.ipynb #5a21c0f6
+@functools.cache
 def student(
     df: int,             # degrees of freedom
     level: float = 0.95, # of a two-sided interval
