@@ -10,7 +10,7 @@ __all__ = ['Run', 'LORA_LR', 'FULL_LR', 'IDENTITY', 'EVALUATE', 'COMMANDS', 'typ
            'add_evaluate', 'add_log_options', 'add_report', 'add_convert', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #706aff1b
-import argparse, hashlib, inspect, json, math, os, platform, re, shlex, sys, time, typing
+import argparse, hashlib, inspect, json, math, os, re, shlex, sys, time, typing
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -18,8 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 import torch
-import capo as _capo
-from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, final_numbers, make_base
+from .compare import REF_HIGH, REF_LOW, TAU, arms, compare, final_numbers, made_with, make_base
 from .data import DATASETS, DataOptions
 from .folder import Broken, clock, fingerprint, new_folder, notice, plot_runs, read_settings, same_run, settings
 from .logs import LOG_FORMATS
@@ -209,7 +208,7 @@ def run_evaluate(a: argparse.Namespace, command: str) -> None:
     runs = [model_run(a, model, folder, questions) for model, folder in model_folders(a.model, out).items()]
     shared = {out: shared_identity(a, questions)} if len(runs) > 1 else {}
     places = [shared | {one.folder: identity(one.options, one.problems)} for one in runs]
-    note = {"command": command, "version": _capo.__version__, "commit": commit(), "python": platform.python_version()}
+    note = made_with() | {"command": command}
     for place, same in (x for p in places for x in p.items()):
         if place.exists(): same_run(place, same, note)     # another run is refused before a model is loaded
     for one, mine in zip(runs, places): sampled(one, mine, note)
@@ -421,6 +420,9 @@ def main(
     a, command = parser().parse_args(argv), shlex.join(["capo", *argv])
     try:
         return a.run(a, command) or 0
+    except BrokenPipeError:                                # whoever read what we print has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except (ValueError, OSError, ImportError, Broken) as e:
         print(f"capo: {e}", file=sys.stderr)
         return 1 if isinstance(e, Broken) else 2

@@ -5,6 +5,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -338,6 +340,14 @@ def test_a_log_is_converted(capsys):
 def test_a_report_of_nothing_is_a_sentence(capsys, content, words):
     if content is not None: Path("a.jsonl").write_text(content)
     assert words in complaint(capsys, "report", "a.jsonl", "--out", "out") and not Path("out").exists()
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    recorded("a.jsonl")
+    typed = "set -o pipefail; PYTHONPATH=$1 $2 -m capo report a.jsonl --out new | head -c 3"
+    root = Path(cli.__file__).parents[1]
+    run = subprocess.run(["bash", "-c", typed, "", root, sys.executable], capture_output=True, text=True)
+    assert run.stdout == "Its" and run.returncode in (0, 141) and "Broken pipe" not in run.stderr
 
 
 def test_bad_options_of_a_report(capsys):
