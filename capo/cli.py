@@ -27,7 +27,7 @@ from .report import report
 from .responses import convert
 from .rollout import HFSampler, VLLMSampler
 from .run import RunConfig, loading, run, saved_settings
-from .sample import sample_to_file
+from .batches import sample_to_file
 from .task import Problem, limit_threads, load_model, load_tokenizer, prompts_for
 from .train import TrainConfig
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import capo.sample as lib
+import capo.batches as lib
 from capo import cli
 from capo.cli import main
 from capo.folder import fingerprint, same_run
