@@ -100,7 +100,6 @@ class _HeadLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(slopes) if slopes else None)
         ctx.rows, ctx.how = rows, how
         return torch.cat(logps) if logps else hidden.new_zeros(0)
-
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
         hidden, weight, bias, tokens, slopes = ctx.saved_tensors
@@ -162,8 +161,7 @@ def _taken_apart(model: nn.Module) -> Anatomy | None:
     found = Anatomy(body, layer, getattr(lm.config, "final_logit_softcapping", None))
     ids = torch.arange(2, 6, device=layer.weight.device)[None] % len(layer.weight)
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-    if not _close(found.logits(hidden), model(input_ids=ids, use_cache=False).logits): return None
-    return found
+    return found if _close(found.logits(hidden), model(input_ids=ids, use_cache=False).logits) else None
 
 def _close(a: Tensor, b: Tensor) -> bool:
     "Equal to rounding, which is coarse in half precision; what is computed otherwise differs by more."
@@ -197,7 +195,6 @@ class _RowsOf(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows); ctx.n = len(x)
         return x.index_select(0, rows)
-
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
         rows, = ctx.saved_tensors
@@ -277,7 +274,6 @@ class _Places(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, slots: Tensor, home: Tensor) -> Tensor:
         ctx.save_for_backward(home)
         return x.index_select(0, slots)
-
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
         home, = ctx.saved_tensors
@@ -422,18 +418,22 @@ def _shared(found: Any, lm: Any, prompts: Any, responses: Any, parent: Any, *how
 
 # %% ../nbs/02_logprob.ipynb #5b975a0a
 def _reads_branches(found: Anatomy, model: nn.Module) -> bool:
-    "Are the log-probabilities those of the plain form, for two prompts that begin alike, and three responses?"
-    lm, V = _lm(model), len(found.layer.weight)
+    "Are the log-probabilities those of the plain form, and does nothing reach a response from its neighbours?"
+    lm, common, read = _lm(model), list(range(2, 11)), dict[str, Tensor]()
     if getattr(lm.config, "_attn_implementation", None) not in ("sdpa", "eager"): return False
-    common = [3 + 2 * i for i in range(9)]
-    prompts, responses, parent = [common + [4], common + [6, 2]], [[7, 5, 8], [9], [2, 2]], [0, 0, 1]
-    prompts, responses = ([[x % V for x in xs] for xs in some] for some in (prompts, responses))
-    try: mine = _shared(found, lm, prompts, responses, parent)
+    prompts, responses, parent = [common + [11], common + [12, 2]], [[7, 5, 8], [9], [2, 2]], [0, 0, 1]
+    watch = lambda module, ids, out: read.setdefault("row", out.detach().requires_grad_())
+    hook = lm.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            mine = _shared(found, lm, prompts, responses, parent)
+            reach = torch.autograd.grad(mine[-1], read["row"])[0][0]       # (15, D): common, 11, 12 2, 7 5, 2
     except Exception: return False                                         # whatever it is, it is not our kind of model
-    rows = [prompts[p] + r for p, r in zip(parent, responses)]
-    alone = [model(input_ids=torch.tensor([row], device=mine.device), use_cache=False).logits[0, :-1] for row in rows]
-    wanted = [gather_logps(z[-len(r):], torch.tensor(r, device=mine.device)) for z, r in zip(alone, responses)]
-    return _close(mine, torch.cat(wanted))
+    finally: hook.remove()
+    alone = (torch.tensor([prompts[p] + r], device=reach.device) for p, r in zip(parent, responses))
+    wanted = [token_logps(model, x, torch.ones_like(x), len(r))[0] for x, r in zip(alone, responses)]
+    return not reach[[9, 12, 13]].any() and _close(mine, torch.cat(wanted))
+
 
 # %% ../nbs/02_logprob.ipynb #6ca861b1
 def can_share(
@@ -441,9 +441,10 @@ def can_share(
     longest: int = 0, # tokens of the longest prompt with its response
 ) -> bool:
     "Can `shared_logps` read this model, up to that length?"
-    found, config = anatomy(model), getattr(_lm(model), "config", None)
+    found = anatomy(model)
     if found is None: return False
     if found.shares is None:
         with at_rest(model): found.shares = _reads_branches(found, model)
+    config = _lm(model).config.get_text_config()
     windows = [getattr(config, name, None) or longest for name in ("sliding_window", "attention_chunk_size")]
     return found.shares and longest <= min(windows)

@@ -38,7 +38,8 @@ def with_lora(
                          task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, adapter)
+        try: return get_peft_model(model, adapter)
+        except ValueError as e: raise ValueError(f"{e} (lora_targets names the layers)") from e
 
 def tied_layers(model: Any) -> list[str]:
     "The names of the embedding and the output layer, if they are one matrix."

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'TrainConfig', 'batches', 'learning_rate', 'prepare', 'Learner', 'counted', 'accumulate', 'check_update',
            'update', 'shares', 'step_stats', 'TimeUp', 'within', 'Guarded', 'answered', 'own_logps', 'experience',
-           'referred', 'filled', 'Keeper', 'TrainResult', 'train', 'check_alone', 'check_start', 'mean_of', 'fitted',
-           'sampler_of']
+           'referred', 'filled', 'Keeper', 'TrainResult', 'flushing', 'train', 'check_alone', 'check_start', 'mean_of',
+           'fitted', 'sampler_of']
 
 # %% ../nbs/32_train.ipynb #a54667d1
 import math, os, random, signal, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -125,7 +126,8 @@ class Learner:
         wide = lambda p: p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
         self.masters = {k: wide(p) for k, p in self.weights.items()}
         self.copies = [(self.masters[k], p) for k, p in self.weights.items() if self.masters[k] is not p]
-        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=config.lr, weight_decay=config.weight_decay)
+        options = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.masters.values(), **options)
         self.clear()
 
     def clear(self) -> None:
@@ -373,7 +375,17 @@ class TrainResult:
     stopped: int = 0                                          # its keeper's reason, such as the number of a signal
     checkpoint: Any = None                                    # the last one, where `capo.run` keeps them
 
+# %% ../nbs/32_train.ipynb #7d3a1e51
+@contextmanager
+def flushing() -> Iterator[None]:
+    "Inside, on a CPU that can, numbers that are too small for full precision are 0; behind, it is as it was before."
+    before = not bool(torch.tensor(1e-39) * torch.ones(()))
+    torch.set_flush_denormal(True)
+    try: yield
+    finally: torch.set_flush_denormal(before)
+
 # %% ../nbs/32_train.ipynb #401554a0
+@flushing()
 def train(
     model: nn.Module,                                            # any causal LM of transformers; changed in place
     tokenizer: Any,                                              # its tokenizer

@@ -7,8 +7,8 @@ from hypothesis import given, strategies as st
 
 from capo.task import (
     FACTS, INSTRUCTION, Problem, Teacher, arithmetic, arithmetic_tokenizer, base_model, calibrated_teacher,
-    corpus_batch, last_integer, limit_threads, pretrain, prompts_for, running_totals, systematic_teacher,
-    template_options, tiny_lm, verify, with_template)
+    by_length, last_integer, limit_threads, page_batch, pretrain, prompts_for, running_totals, systematic_teacher,
+    template_options, textbook, tiny_lm, verify, warm_start, with_template)
 
 terms = st.lists(st.tuples(st.sampled_from("+-"), st.integers(1, 9)), min_size=2, max_size=5)
 chains = terms.map(lambda x: "".join(f"{s}{d}" for s, d in x)[1:] + "=")
@@ -98,7 +98,7 @@ def test_a_token_is_a_character(texts):
 
 def test_the_labels_are_the_response_and_its_end():
     teacher = calibrated_teacher()
-    ids, attention, labels = corpus_batch(teacher, tokenizer, random.Random(0), 64)
+    ids, attention, labels = page_batch(tokenizer, next(textbook(teacher, 64)))
     for i, a, label in zip(ids, attention, labels):
         page, learnt = tokenizer.decode(i[a.bool()]), tokenizer.decode(label[label != -100])
         assert page.endswith(learnt) and page[:-len(learnt)].endswith("=")
@@ -114,6 +114,50 @@ def test_pretraining_learns_and_repeats():
     (loss, weights), (again, same) = run(30), run(30)
     assert len(loss) == 30 and loss == again and all(weights[k].equal(same[k]) for k in weights)
     assert sum(loss[-5:]) < .95 * sum(loss[:5])
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 9))
+def test_a_pass_has_every_page_once_in_batches_of_like_length(count, n, seed):
+    pages = [(p.prompt, p.answer) for p in arithmetic(count, seed)]
+    stream, length = by_length(pages, n, seed), lambda page: len(page[0]) + len(page[1])
+    for _ in range(2):
+        batches = [next(stream) for _ in range(-(-count // n))]
+        assert sorted(sum(batches, [])) == sorted(pages) and all(len(b) <= n for b in batches)
+        ends = sorted((min(map(length, b)), max(map(length, b))) for b in batches)
+        assert all(high <= low for (_, high), (low, _) in zip(ends, ends[1:]))
+
+
+def test_a_warm_start_teaches_responses_and_repeats():
+    pages = [(p.prompt, p.answer) for p in arithmetic(48, 1, terms=(2,), distinct=True)]
+    def run(seed=0):
+        model = tiny_lm(16, 1, 2)
+        return warm_start(model, tokenizer, pages, passes=20, lr=1e-2, seed=seed), model
+    (loss, model), (again, same), (other, _) = run(), run(), run(1)
+    assert len(loss) == 60 and loss == again != other and not model.training
+    assert all(p.equal(q) for p, q in zip(model.parameters(), same.parameters()))
+    ids, attention, labels = page_batch(tokenizer, pages)
+    with torch.no_grad(): now = model(ids, attention_mask=attention, labels=labels).loss.item()
+    assert now < loss[0] - .5
+    # a prompt is not learned: its tokens do not enter the loss
+    inside = model(ids, attention_mask=attention).logits[:, :-1].log_softmax(-1)
+    of = -inside.gather(2, ids[:, 1:, None])[..., 0][labels[:, 1:] != -100].mean().item()
+    assert of == pytest.approx(now, rel=1e-4)
+
+
+def test_a_warm_start_leaves_all_but_an_adapter_alone():
+    from capo.policy import with_lora
+    pages = [(p.prompt, p.answer) for p in arithmetic(8, 1)]
+    policy = with_lora(tiny_lm(16, 1, 2), 2)
+    before = {k: p.detach().clone() for k, p in policy.named_parameters()}
+    warm_start(policy, tokenizer, pages, passes=4, batch_size=4)
+    changed = {k for k, p in policy.named_parameters() if not p.equal(before[k])}
+    assert changed and all("lora_" in k for k in changed)
+
+
+@pytest.mark.parametrize("wrong", [{"pages": []}, {"passes": 0}, {"batch_size": 0}])
+def test_a_warm_start_needs_something_to_do(wrong):
+    given = {"pages": [("1+1=", "2")]} | wrong
+    with pytest.raises(ValueError, match="at least one of each"): warm_start(tiny_lm(16, 1, 2), tokenizer, **given)
 
 
 def test_tiny_models_are_drawn_by_seed_and_leave_torchs_generator_alone():
