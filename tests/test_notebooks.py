@@ -37,6 +37,7 @@ SECONDS = {
     "33_run.ipynb": 300,
     "34_compare.ipynb": 300,
     "40_tiny_lm.ipynb": 300,
+    "41_ablations.ipynb": 120,
     "42_smollm2.ipynb": 180,
     "43_trust.ipynb": 180,
     "44_qwen.ipynb": 180,
