@@ -125,7 +125,7 @@ class Learner:
         wide = lambda p: p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
         self.masters = {k: wide(p) for k, p in self.weights.items()}
         self.copies = [(self.masters[k], p) for k, p in self.weights.items() if self.masters[k] is not p]
-        options = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        options: dict[str, Any] = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.optimizer = torch.optim.AdamW(self.masters.values(), **options)
         self.clear()
 
