@@ -288,11 +288,12 @@ def simko(
     def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, weight: Tensor | None = None, *,
              likeliest: Likeliest | None = None) -> Tensor:
         A, ratio = advantage.detach()[:, None], policy_ratio(logp, old_logp, mask)
-        H = required("likeliest", likeliest).entropy
+        seen = required("likeliest", likeliest)
+        H = seen.entropy
         fork = H > H.where(mask.bool(), torch.nan).nanquantile(quantile, 1, keepdim=True)
-        own = (likeliest.logp - likeliest.logp.detach()).exp().mean(-1)          # 1, with the gradient of the likeliest
+        own = (seen.logp - seen.logp.detach()).exp().mean(-1)                    # 1, with the gradient of the likeliest
         lent = gamma * (fork & (A > 0))
-        A = torch.where(fork & (A < 0) & likeliest.first, boost * A, A)
+        A = torch.where(fork & (A < 0) & seen.first, boost * A, A)
         gain = clipped_gain((1 - lent) * ratio + lent * ratio.detach() * own, A, eps)
         return -over_tokens(gain if weight is None else weight.detach() * gain, mask)
     settings = dict(gamma=gamma, top=top, quantile=quantile, boost=boost, eps=eps)

@@ -239,7 +239,7 @@ def compare(
     check_comparison(makers, seeds, workers=workers, questions=questions, samples=samples)
     folder = same_run(folder, {"arms": {arm: described(make) for arm, make in makers.items()}, "seeds": list(seeds),
                                "fresh_base": fresh_base, "train": asdict(config), "questions": questions,
-                               "samples": samples}, made_with() | note)
+                               "samples": samples}, made_with() | dict(note))
     begin()
     with processes(workers) as pool:
         bases = dict.fromkeys(seeds, str(resources.files("capo") / "base"))

@@ -82,7 +82,8 @@ GRID: dict[str, tuple[Callable[..., Recipe], tuple]] = {
     "grpo-across": (partial(grpo, True, 1, math.inf), (.25, .5, 1.)), "capo": (our, (.25, .5, 1.)),
     "capo-across": (partial(our, TAU, *MASK, grpo_size), (.25, .5, 1.)),
     "dr_grpo": (partial(dr_grpo, 16), (.1, .2, .4)), "dapo": (dapo, ((.2, .2), (.2, .28), (.2, .4))),
-    "gspo": (gspo, ((3e-4, 4e-4), (3e-3, 4e-3), (3e-2, 4e-2))), "cispo": (cispo, (2., 5., 10.)), "disco": (disco, (1., 10., None)), "real": (real, (.25, .5, 1.)),
+    "gspo": (gspo, ((3e-4, 4e-4), (3e-3, 4e-3), (3e-2, 4e-2))), "cispo": (cispo, (2., 5., 10.)),
+    "disco": (disco, (1., 10., None)), "real": (real, (.25, .5, 1.)),
     "c2gspg": (c2gspg, (.01, .03, .1)), "unlikeliness": (unlikeliness, (.1, .25, .5)),
     "codapo": (codapo, (.05, .1, .5)), "cde": (falling, (.5, 1., 2.)), "simko": (simko, (.01, .03, .1))}
 
