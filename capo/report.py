@@ -85,8 +85,7 @@ def ranking(a: Assessment) -> str:
     if e.note: return f"Whether its confidence can be trusted cannot be told: {e.note}."
     pairs = "of the same question " if key == "auc_mean" else ""
     found = f"of a right and a wrong response {pairs}it is surer of the right one {percent(e)} of the time"
-    chance = "" if math.isnan(e.low) or e.low > .5 else ", which may be no more than chance, 50 %"
-    if chance: return f"Its confidence cannot be trusted to rank: {found}{chance}."
+    if e.low <= .5: return f"Its confidence cannot be trusted to rank: {found}, which may be no more than chance, 50 %."
     if not b.note and b.value >= e.low:
         return f"Its confidence ranks, and so does brevity: {found}, and the shorter one is right {percent(b)}."
     how = "well" if e.value >= .8 else "somewhat"
@@ -344,7 +343,7 @@ nobody votes is not answered. exp(lpm) is a probability per token and not one of
 score mean less than its AUC; ECE has ten bins of equal width, closed on the right. RPC is over 4096 questions at
 most, the curves of votes over 1000. An interval is left out where it would not hold what it says: ECE's always, PRR's
 below 100 questions, and below 30 those of votes, of the area, of the precision at the threshold, of the correlation,
-and of the share truncated."""
+of the share truncated, and of a difference in AUC-mean."""
 
 LEFT = {"empty": "Empty, and wrong", "without answer": "Without an answer, and so without a vote",
         "unverifiable": "Not comparable with the reference, and wrong"}
@@ -412,10 +411,12 @@ def report(
     tables: bool = False,             # write them as CSV too
     format: str | None = None,        # of the logs; None: recognised
     columns: Mapping[str, Any] = {},  # our field → theirs
+    budget: float | None = None,      # seconds for comparing answers; None: no limit
     **options: Any,                   # of `assess`
 ) -> Report:
     "Everything about one set of responses, or several side by side."
-    of = {k: r.by(by) if by else r for k, r in named(sources, format=format, columns=columns).items()}
+    read = named(sources, format=format, columns=columns, budget=budget)
+    of = {k: r.by(by) if by else r for k, r in read.items()}
     assessed = {k: assess(r, **options) for k, r in of.items()}
     first, a = next(iter(assessed.items()))
     compared, apart = compare_with_first(assessed)
@@ -424,8 +425,7 @@ def report(
     said = both if len(of) > 1 else list(each.values())
     refused = [refusals(k, r) for k, r in of.items()]
     blocks: list[Piece] = [*(x for f in refused for x in f[:1]), *(Paragraph([v], "verdict") for v in said)]
-    blocks.append(draw_risk(assessed))
-    blocks += [*apart, *(Paragraph([Code(k), f": {v}"]) for k, v in each.items() if len(of) > 1)]
+    blocks += [draw_risk(assessed), *apart, *(Paragraph([Code(k), f": {v}"]) for k, v in each.items() if len(of) > 1)]
     blocks += [*difference_table(compared, a.responses), *number_tables(assessed)]
     blocks += [x for k, v in assessed.items() for x in confidence_table(k, v)]
     blocks += [*(what_it_is_over(k, x) for k, x in assessed.items()), *unavailable(assessed)]
