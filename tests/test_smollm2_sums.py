@@ -16,13 +16,15 @@ from smollm2_sums import TASKS, Sums
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_worked_solutions_show_their_steps(task):
     pages, problems = task.pages(50, 0), task.problems(50, 1)
-    assert all(str(eval(p.prompt[:-1])) == p.answer for p in problems) and len({p.prompt for p in problems}) == 50
-    for prompt, page in pages:
+    bare = lambda prompt: prompt.removeprefix(sums.START)
+    assert all(str(eval(bare(p.prompt)[:-1])) == p.answer for p in problems)
+    assert len({p.prompt for p in problems}) == 50 and all(p.prompt.startswith(sums.START) for p in problems)
+    for prompt, page in ((bare(prompt), page) for prompt, page in pages):
         steps = page.split(",")
         assert len(steps) == len(task.digits) - 1 and prompt.startswith(steps[0].split("=")[0])
         totals = [step.split("=")[1] for step in steps]
         assert all(step.startswith(total) for step, total in zip(steps[1:], totals))
-    right = sum(verify(page, str(eval(prompt[:-1]))) for prompt, page in pages)
+    right = sum(verify(page, str(eval(bare(prompt)[:-1]))) for prompt, page in pages)
     assert (right == 50) == (task.slips == 0)
     assert not {prompt for prompt, _ in task.pages(200, 3)} & {p.prompt for p in task.problems(256, sums.HELD_OUT)}
 
@@ -32,6 +34,10 @@ def test_a_teacher_without_slips_is_right_and_one_with_carries_on():
     first, second = Sums((2, 2, 2), 1).worked("47+38-25=", random.Random(0)).split(",")
     total = first.split("=")[1]
     assert total != "85" and second.startswith(f"{total}-25=") and int(second.split("=")[1]) != int(total) - 25
+
+
+def test_a_question_is_not_held_out_if_there_are_too_few():
+    with pytest.raises(ValueError, match="only 162"): Sums((1, 1), 0).problems(163, 0)
 
 
 def test_the_spread_is_within_groups_and_among_those_that_ended():
@@ -47,9 +53,10 @@ def bench(tmp_path, monkeypatch):
     "The small base model, which knows these sums a little, in the place of the warm-started one; all else small too."
     folder, (model, tokenizer) = tmp_path/"warm", base_model()
     model.save_pretrained(folder); tokenizer.save_pretrained(folder)
-    (folder/"warm.json").write_text(json.dumps({"task": next(iter(TASKS)), "sha256": "0"}))
+    (folder/"warm.json").write_text(json.dumps({"task": "1+1+1+1 digits, slips 0.1", "sha256": "0"}))
     config = replace(runner.CONFIG, questions=4, group_size=4, max_new_tokens=12, lora_rank=2)
     for name, x in (("CONFIG", config), ("RATES", (1e-3, 1e-2)), ("BUDGET", 12)): monkeypatch.setattr(runner, name, x)
+    monkeypatch.setattr(sums, "START", "")
     return runner.Bench(tmp_path/"work", folder, samples=4, questions=6)
 
 

@@ -5,8 +5,9 @@ folder of its own in runs/SmolLM2-warm, with `warm.json`: the command, the losse
 answer 128 questions 16 times at temperature 1, and writes a row of nbs/data/smollm2_runs/survey.csv. Models and rows
 that are there are not made again.
 """
-import argparse, csv, json, random, re, shlex, sys, time
+import argparse, csv, json, math, random, re, shlex, sys, time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from capo.rollout import HFSampler, rollout
 from capo.task import Problem, load_model, load_tokenizer, verify, warm_start
 from smollm2 import FOLDER as MODEL
 
+START = "<|im_start|>" # the model looks at the first token from everywhere and reads nothing from it: not a number
 NBS = Path(__file__).resolve().parents[1]
 DATA, WARM = NBS/"data/smollm2_runs", NBS.parent/"runs/SmolLM2-warm"
 
@@ -35,16 +37,18 @@ class Sums:
         return "".join(terms)[1:] + "="
 
     def problems(self, n, seed, exclude=()):
-        "`n` distinct problems, none of `exclude`."
+        "`n` distinct problems, none of `exclude`; `ValueError` if there are not so many."
         rng, found = random.Random(seed), {}
+        every = math.prod(9 * 10**(k - 1) for k in self.digits) * 2**(len(self.digits) - 1)
+        if n + len(exclude) > every: raise ValueError(f"there are only {every} such questions")
         while len(found) < n:
             q = self.question(rng)
-            if q not in exclude: found[q] = Problem(q, str(eval(q[:-1])))
+            if START + q not in exclude: found[q] = Problem(START + q, str(eval(q[:-1])))
         return list(found.values())
 
-    def worked(self, prompt, rng):
+    def worked(self, question, rng):
         "47+38-25= → 47+38=85,85-25=60; a slip is off by 1 to 10, and carries on."
-        terms = re.findall(r"[+-]\d+", "+" + prompt)
+        terms = re.findall(r"[+-]\d+", "+" + question)
         value, steps = int(terms[0]), []
         for t in terms[1:]:
             before, value = value, value + int(t)
@@ -55,15 +59,15 @@ class Sums:
     def slip(self, rng): return rng.choice((-1, 1)) * rng.randint(1, 10)
 
     def pages(self, n, seed):
-        "`n` questions with worked solutions, none of the held-out ones."
-        rng = random.Random(seed)
-        held_out = {p.prompt for p in self.problems(QUESTIONS, HELD_OUT)}
-        return [(p.prompt, self.worked(p.prompt, rng)) for p in self.problems(n, seed, held_out)]
+        "`n` questions with worked solutions, none of the held-out ones; a question may come again."
+        rng, held_out = random.Random(seed), {p.prompt for p in self.problems(QUESTIONS, HELD_OUT)}
+        asked = (q for q in iter(lambda: self.question(rng), None) if START + q not in held_out)
+        return [(START + q, self.worked(q, rng)) for q in islice(asked, n)]
 
 
 TASKS = {f"{'+'.join(map(str, digits))} digits, slips {slips:g}": Sums(digits, slips) for digits, slips in (
-    ((1, 1, 1, 1), .1), ((1, 1, 1, 1), .3), ((2, 1, 1, 1), .1), ((2, 1, 1, 1), .3), ((2, 2, 2), .1))}
-AMOUNTS = 500, 1000   # pages
+    ((1, 1, 1), .1), ((1, 1, 1), .3), ((1, 1, 1, 1), .1), ((1, 1, 1, 1), .3), ((2, 1, 1, 1), .1), ((2, 2, 2), .1))}
+AMOUNTS = 1000, 3000   # pages
 PAGES, BATCH, LR = 0, 8, 5e-4   # seed of the pages, pages a step, peak learning rate
 QUESTIONS, HELD_OUT = 256, 2    # that are never trained on, and their seed
 BUDGET, CACHE = 32, 2**14       # tokens of a response at most, and in the key–value cache
