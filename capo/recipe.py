@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Advantage', 'Loss', 'Keep', 'Size', 'SIZES', 'SUPPLIES', 'Recipe', 'trust', 'masked', 'mixture', 'grpo', 'paper_size',
            'grpo_size', 'capo', 'question_of', 'reward_of', 'Likeliest', 'likeliest_of', 'supplied', 'together',
-           'questions', 'refilled', 'spare']
+           'questions', 'refilled', 'spare', 'filled']
 
 # %% ../nbs/30_recipe.ipynb #adb771e6
 import math, random
@@ -38,8 +38,13 @@ class Recipe:
     keep: Keep | None = None    # which labels are trusted; None: all, and no reference model is needed
     count: Callable[[Tensor], Any] = len # mask (N, T) → what the loss is a mean over, here responses
     refill: Callable[[Rollouts], Tensor] | None = None # which questions stay, (B,), the rest is drawn anew; None: all
+    again: Callable[[Rollouts], Tensor] | None = None # which a second round asks, (B,), by number; None: no such round
     needs: Mapping[str, Any] = field(default_factory=dict) # what else the loss takes by name: of `SUPPLIES`
     settings: Mapping[str, Any] = field(default_factory=dict) # what it was made with, for records
+
+    def __post_init__(self):
+        if self.refill and self.again:
+            raise ValueError("a recipe has refill or again, not both: again counts the questions as they were asked")
 
 # %% ../nbs/30_recipe.ipynb #03a7aa31
 def trust(
@@ -202,3 +207,19 @@ def spare(
     "Another batch for a step, the same in every run."
     draw = random.Random(f"{config.seed} {step} {k}")
     return [problems[i] for i in draw.choices(range(len(problems)), k=config.questions)]
+
+# %% ../nbs/30_recipe.ipynb #c0ffee02
+def filled(
+    recipe: Recipe,                 # may refill
+    learn_from: Callable[..., Any], # problems, step → rollouts, what the log should know
+    batch: Sequence[Any],           # problems of this step
+    problems: Sequence[Any],        # all, for further batches
+    config: Any,                    # its questions, steps and seed
+    step: int,                      # counted from 1
+) -> tuple[Rollouts, dict[str, float]]:
+    "The experience of a step, with groups of further batches in the place of those that the recipe does without."
+    r, extra = learn_from(problems=batch, step=step)
+    if recipe.refill:
+        another = lambda k: learn_from(problems=spare(problems, config, step, k), step=step + k * config.steps)[0]
+        r, extra["batches"] = refilled(r, recipe.refill, another)
+    return r, extra

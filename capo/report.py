@@ -14,12 +14,13 @@ __all__ = ['ResponseSource', 'ResponseSources', 'VOTES', 'HIGHER', 'LOWER', 'CUR
 import math, os, re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import compress
 from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor
 from .evaluate import NUMBERS, Assessment, Comparison, Estimate, assess, chosen_questions, confidence_numbers
-from .evaluate import estimate, order_numbers, padded, paired
+from .evaluate import estimate, order_numbers, padded, paired, reliable
 from .page import RIGHT, WRONG, Piece, Chart, Code, Example, Examples, Fold, Grid, Value, Paragraph, Picture
 from .page import Report, bar, dot, drawn, line, save_report, shorten, visible, words_at
 from .responses import Responses, read_responses
@@ -67,6 +68,7 @@ def of_n(
     "The number's name with how many responses it is of."
     few, many = int(r.size.min()), int(r.size.max())
     each = f"{many}" if few == many else f"{few}–{many}"
+    if many == 1 and key == "accuracy": return key
     return re.sub(r"\bof n\b", f"of {few if key == 'pass_at_n' else each}", NUMBERS[key]).replace("@n", f"@{few}")
 
 # %% ../nbs/24_report.ipynb #24f00014
@@ -96,7 +98,8 @@ def at_the_threshold(a: Assessment) -> str:
     by, cover, right = next(iter(a.responses.scores), "confidence"), a["coverage"], a["precision"]
     if right.note: return f"No confidence makes it right {a.precision:.0%} of the time: {right.note}"
     at = f"exp(lpm) of {math.exp(a.threshold):.2f}" if by == "lpm" else f"{by} of {a.threshold:.3g}"
-    promise = f"it is right {percent(right)} on the other half, and answers {percent(cover)} of the time"
+    few = " (of too few questions to say how surely)" if math.isnan(right.low) else ""
+    promise = f"it is right {percent(right)} on the other half{few}, and answers {percent(cover)} of the time"
     return f"From {at} on, chosen on half of the questions for {a.precision:.0%}, {promise}"
 
 def best_vote(a: Assessment) -> str:
@@ -127,13 +130,13 @@ def verdict_of_two(
 ) -> str:
     "What changed, and what is within noise."
     tested = [k for k in NUMBERS if k in HIGHER and not c[k].note and math.isfinite(c[k].low)]
-    said = lambda keys: ", ".join(f"{of_n(k, r)} {c[k].value:+.3f}" for k in keys)
+    said = lambda keys: "; ".join(f"{of_n(k, r)} ({c[k].value:+.3f})" for k in keys)
     better, worse = ([k for k in tested if excludes_zero(c[k]) and (c[k].value > 0) == up] for up in (True, False))
     rest = [k for k in tested if k not in better + worse]
-    found = " and ".join(f"{how} in {said(keys)}" for how, keys in (("better", better), ("worse", worse)) if keys)
+    found = [f"{how} than {first} in {said(keys)}" for how, keys in (("better", better), ("worse", worse)) if keys]
     noise = f" Within noise: {said(rest)}." if rest else ""
-    changed = found or "no better and no worse"
-    return f"On the {c.shared} questions that both answer, {name} is {changed} than {first}.{noise}"
+    changed = ", and ".join(found) or f"no better and no worse than {first}"
+    return f"On the {c.shared} questions that both answer, {name} is {changed}.{noise}"
 
 # %% ../nbs/24_report.ipynb #24f00016
 def thinned(n: int, points: int = 120) -> Tensor:
@@ -304,10 +307,12 @@ def confidence_table(name: str, a: Assessment) -> list[Piece]:
     def row(by: str) -> list[str]:
         of = r.by(by)
         found = order_numbers(of) | confidence_numbers(of)
-        return [by, *(Value(estimate(found[k], len(of), a.level, k != "ece")) for k in ASKED)]
+        return [by, *(Value(estimate(found[k], len(of), a.level, reliable(k, len(of)))) for k in ASKED)]
     short = ["brevity", Value(a["brevity_auc"]), Value(a["brevity_pooled"]), *[Value("–")] * 3]
-    head = [Code(short_names([name])[0]), *(NUMBERS[k] for k in ASKED)]
-    return [Fold("Which confidence to trust", [Grid("confidences", [head, *map(row, r.scores), short])])]
+    rows = [[Code(short_names([name])[0]), *(NUMBERS[k] for k in ASKED)], *map(row, r.scores), short]
+    known = [i == 0 or any(r[i] != "–" for r in rows[1:]) for i in range(len(rows[0]))]
+    shown = [[*compress(r, known)] for r in rows if any(cell != "–" for cell in r[1:])]
+    return [Fold("Which confidence to trust", [Grid("confidences", shown)])]
 
 def marked(e: Estimate) -> Value: return Value(str(e) + " *" * excludes_zero(e))
 
@@ -334,10 +339,12 @@ def difference_table(compared: Mapping[str, Comparison], first: Responses) -> li
 
 # %% ../nbs/24_report.ipynb #24f00022
 EXPLAINED = """Each number stands with its interval over questions. A question whose responses are all right or all
-wrong has no AUC and is left out of AUC-mean. An empty response is wrong and has no confidence; a question where nobody
-votes is not answered. exp(lpm) is a probability per token and not one of being right, so its ECE and Brier score mean
-less than its AUC; ECE has ten bins of equal width, closed on the right. RPC is over 4096 questions at most, the curves
-of votes over 1000. An interval is left out where there are too few questions for it: 30 for votes, 100 for PRR."""
+wrong has no AUC and is left out of AUC-mean. An empty response is wrong and has no confidence; a question where
+nobody votes is not answered. exp(lpm) is a probability per token and not one of being right, so its ECE and Brier
+score mean less than its AUC; ECE has ten bins of equal width, closed on the right. RPC is over 4096 questions at
+most, the curves of votes over 1000. An interval is left out where it would not hold what it says: ECE's always, PRR's
+below 100 questions, and below 30 those of votes, of the area, of the precision at the threshold, of the correlation,
+and of the share truncated."""
 
 LEFT = {"empty": "Empty, and wrong", "without answer": "Without an answer, and so without a vote",
         "unverifiable": "Not comparable with the reference, and wrong"}
@@ -351,14 +358,16 @@ def what_it_is_over(name: str, a: Assessment) -> Paragraph:
         f"{c['all right']} only right, {c['all wrong']} only wrong."
     if many == 1: said = f": {c['questions']} questions, one response each: there is no vote, no pass@n, no AUC-mean."
     said += "".join(f" {what}: {c[k]}." for k, what in LEFT.items() if c[k]) + FEW * (c["questions"] < 50)
-    return Paragraph([Code(name), said + "".join(f" Odd: {n}." for n in a.responses.notes)])
+    said += "".join(f" Odd: {n}".rstrip(".") + "." * (not n.endswith("?")) for n in a.responses.notes)
+    return Paragraph([Code(name), said])
 
 def unavailable(assessed: Mapping[str, Assessment]) -> list[Piece]:
     "Why some numbers are missing, a reason once."
     why: dict[str, dict[str, None]] = {}
     for a in assessed.values():
         for k, e in a.numbers.items():
-            if e.note and e.note != "one response a question": why.setdefault(e.note, {})[NUMBERS[k]] = None
+            if not e.note or e.note == "one response a question": continue
+            why.setdefault(e.note, {})[NUMBERS[k].replace(",", "")] = None
     said = "; ".join(f"{', '.join(what)} ({note})" for note, what in why.items())
     return [Paragraph([f"Not available: {said}."])] if why else []
 

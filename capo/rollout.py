@@ -102,13 +102,17 @@ def cut_by_tokens(
     group: int = 1,          # rows that follow one another and stay together while they fit
 ) -> list[list[int]]:
     "Rows in order of falling length, cut into parts; what exceeds the budget by itself is cut; one row is not."
-    fits = lambda rows: len(rows) * (max(prompt[i] for i in rows) + max(response[i] for i in rows)) <= budget
     length = lambda rows: max(prompt[i] + response[i] for i in rows)
-    whole, out = True, list[list[int]]()
+    out, P, T, whole = list[list[int]](), 0, 0, False                        # P, T: of the last part, if that is whole
     groups = [list(range(i, i + group)) for i in range(0, len(prompt), group)]
     for rows in sorted(groups, key=length, reverse=True):
-        if whole and out and fits(out[-1] + rows): out[-1] += rows
-        elif whole := fits(rows) or group == 1: out.append(rows)
+        p, t = max(prompt[i] for i in rows), max(response[i] for i in rows)
+        if whole and (len(out[-1]) + len(rows)) * (max(P, p) + max(T, t)) <= budget:
+            out[-1] += rows
+            P, T = max(P, p), max(T, t)
+        elif whole := len(rows) * (p + t) <= budget or group == 1:
+            out.append(rows)
+            P, T = p, t
         else:
             parts = cut_by_tokens([prompt[i] for i in rows], [response[i] for i in rows], budget)
             out += [[rows[j] for j in part] for part in parts]
@@ -206,16 +210,16 @@ class HFSampler:
 
     def __call__(self, prompts: Sequence[str], n: int, seed: int = 0) -> Rollouts:
         device, whole = next(self.model.parameters()).device, dict[str, Tensor]()
-        batch = _tokenize(self.tokenizer, prompts, n).to(device)
+        ids, mask = asked = [x.to(device) for x in _tokenize(self.tokenizer, prompts, n)]
         ended = _ending(self.tokenizer, _eos_ids(self.model, self.tokenizer), self.stop, device)
         with at_rest(self.model), adapter_added(self.model):
-            for b, g in self.batches(batch.attention_mask.sum(-1).tolist(), n):
-                P = int(batch.attention_mask[b].sum(-1).max())
+            for b, g in self.batches(mask.sum(-1).tolist(), n):
+                P = int(mask[b].sum(-1).max())
                 u = uniforms(seed, b, g, self.max_new_tokens).to(device)
-                asked = batch.input_ids[b, -P:], batch.attention_mask[b, -P:]
-                for k, v in sample(self.model, *asked, u, ended, self.temperature, self.top_k).items():
+                drawn = sample(self.model, ids[b, -P:], mask[b, -P:], u, ended, self.temperature, self.top_k)
+                for k, v in drawn.items():
                     whole.setdefault(k, v.new_zeros(len(prompts), n, *v.shape[2:]))[b[:, None], g] = v
-        return _rollouts(self.tokenizer, batch, self.temperature, **whole)
+        return _rollouts(self.tokenizer, asked, self.temperature, **whole)
 
     def batches(self, lengths: Sequence[int], n: int) -> Iterator[tuple[Tensor, Tensor]]:
         "Indices of questions and of responses: every response to every question once, the longest prompts first."
@@ -232,12 +236,16 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int, stop: Se
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop must be a list of strings that are not empty; it is {stop!r}")
 
-def _tokenize(tokenizer: Any, prompts: Sequence[str], n: int) -> Any:
+def _tokenize(tokenizer: Any, prompts: Sequence[str], n: int) -> tuple[Tensor, Tensor]:
+    "Tokens of the prompts, padded on the left, and their mask."
     if not len(prompts): raise ValueError("prompts is empty: there is nothing to answer")
     if n < 1: raise ValueError(f"n must be at least 1; it is {n}")
     ids = [_open_ended(tokenizer, text, x) for text, x in zip(prompts, tokenizer(list(prompts)).input_ids)]
     if not all(ids): raise ValueError("a prompt has no tokens: there is nothing to continue")
-    return tokenizer.pad({"input_ids": ids}, padding=True, padding_side="left", return_tensors="pt")
+    P, pad = max(map(len, ids)), tokenizer.pad_token_id
+    if pad is None: raise ValueError("the tokenizer has no pad_token: set it, to eos_token if need be")
+    padded, mask = [[pad] * (P - len(x)) + x for x in ids], [[0] * (P - len(x)) + [1] * len(x) for x in ids]
+    return torch.tensor(padded), torch.tensor(mask)
 
 def _open_ended(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
     "The tokens of a prompt without an EOS that the tokenizer put behind it: after that there is nothing to say."
@@ -245,7 +253,7 @@ def _open_ended(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
     added = ids and ids[-1] == eos and tokenizer(text, add_special_tokens=False).input_ids[-1:] != [eos]
     return ids[:-1] if added else ids
 
-def _rollouts(tokenizer: Any, batch: Any, temperature: float, truncated: Tensor, **columns: Tensor) -> Rollouts:
+def _rollouts(tokenizer: Any, asked: Any, temperature: float, truncated: Tensor, **columns: Tensor) -> Rollouts:
     "From columns (B, G, T), cut to the longest response, with padding and text."
     n, T = truncated.shape[1], int(columns["mask"].sum(-1).max())
     columns = {k: v[..., :T] for k, v in columns.items()}
@@ -253,8 +261,8 @@ def _rollouts(tokenizer: Any, batch: Any, temperature: float, truncated: Tensor,
     flat = tokenizer.batch_decode(columns["response_ids"].flatten(0, 1), skip_special_tokens=True)
     text = [flat[i:i + n] for i in range(0, len(flat), n)]
     reward = torch.zeros_like(columns["logp"][..., 0])
-    return Rollouts(batch.input_ids, batch.attention_mask, reward=reward, truncated=truncated, text=text,
-                    temperature=temperature, **columns)
+    ids, mask = asked
+    return Rollouts(ids, mask, reward=reward, truncated=truncated, text=text, temperature=temperature, **columns)
 
 # %% ../nbs/12_rollout.ipynb #f6739f39
 def grade(
@@ -395,8 +403,8 @@ def _answers(self: Any, asked: list[list[int]], n: int, seed: int) -> list:
 def _confidence(top: dict, k: int) -> float: return -sum(sorted(p.logprob for p in top.values())[-k:]) / k
 
 def _sampled(self: Any, prompts: Sequence[str], n: int, seed: int = 0) -> Rollouts:
-    batch = _tokenize(self.tokenizer, prompts, n).to(self.device)
-    asked = [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask)]
+    batch = [x.to(self.device) for x in _tokenize(self.tokenizer, prompts, n)]
+    asked = [ids[mask.bool()].tolist() for ids, mask in zip(*batch)]
     answers = _answers(self, asked, n, seed)
     ids, drawn = [list(a.token_ids) for a in answers], [a.logprobs for a in answers]
     raw = drawn if self.temperature == 1 else _raw(self, [asked[i // n] for i in range(len(ids))], ids)

@@ -7,7 +7,7 @@ __all__ = ['splitmix', 'uniforms', 'draw', 'next_tokens', 'sample', 'patience', 
 
 # %% ../nbs/09_sampling.ipynb #2bc2d3e5
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,10 @@ class _OwnCache:
         inputs = {"input_ids": token[:, None], "attention_mask": self.seen, "past_key_values": self.cache}
         return self.model(**inputs, **self.position, use_cache=True).logits[:, -1]
 
+    def reading(self) -> AbstractContextManager:
+        "Inside, `step` may be called."
+        return nullcontext()
+
 # %% ../nbs/09_sampling.ipynb #d42a3e61
 class _Room:
     "Prompts and what follows them as keys and values that we keep; a reader, as `Branches` is one."
@@ -115,19 +119,21 @@ class _Room:
         last = tensor([start + n - 1 for start, n in zip(stem.starts, stem.lengths)])
         self.logits = found.logits(_read(found, self.lm, row)[last])
         self.pairs, self.seen, self.position = row.memory, stem.seen, tensor(stem.ends) - 1
-        self.top, self.used = stem.seen.shape                                 # places and columns that are taken
+        self.top, self.used = self.seen.shape                                 # places and columns that are taken
+        self.start = self.used                                                # where the drawn tokens begin
         self.places = torch.arange(self.top, device=row.device)
 
     def move(self) -> None:
         "Each row to a place of its own at the front, in a room with up to twice the places and columns."
-        N, length = len(self.places), self.used - self.seen.shape[1]
-        places, columns = max(N, min(2 * N, self.most[0])), self.used + min(max(64, length), self.most[1] - length)
+        N, drawn = len(self.places), self.used - self.start
+        places, columns = max(N, min(2 * N, self.most[0])), self.used + min(max(64, drawn), self.most[1] - drawn)
+        columns += -columns % 16
         def roomy(x: Tensor) -> Tensor:
-            out = x.new_empty(places, x.shape[1], columns, x.shape[3])
+            out = x.new_zeros(places, x.shape[1], columns, x.shape[3])
             torch.index_select(x[:, :, :self.used], 0, self.places, out=out[:N, :, :self.used])
             return out
         for i, pair in enumerate(self.pairs): self.pairs[i] = [roomy(x) for x in pair]
-        self.seen, self.top = F.pad(self.seen[self.places], (0, 0, 0, places - N)), N
+        self.seen, self.top = F.pad(self.seen[self.places], (0, columns - self.seen.shape[1], 0, places - N)), N
         self.places = torch.arange(N, device=self.places.device)
 
     def follow(self, rows: Int[Tensor, "N"]) -> None:
@@ -143,11 +149,17 @@ class _Room:
     def step(self, token: Int[Tensor, "N"], rows: Tensor | None) -> Float[Tensor, "N V"]:
         "Logits behind one more token, each behind its row; None: behind every row."
         if rows is not None: self.follow(rows)
-        if self.used == self.pairs[0][0].shape[2]: self.move()
+        if self.used == self.seen.shape[1]: self.move()
+        self.seen[:, self.used] = True
         self.position, self.used, self.layer = self.position + 1, self.used + 1, 0
-        self.mask = F.pad(self.seen[:self.top], (0, self.used - self.seen.shape[1]), value=True)[:, None, None]
+        self.width = self.used + -self.used % 16                              # columns that the kernel likes
+        self.mask = self.seen[:self.top, None, None, :self.width]
         inputs = {"input_ids": token[None], "position_ids": self.position[None], "use_cache": False, "reader": self}
-        with _reading(self.lm): return self.found.logits(self.found.body(**inputs).last_hidden_state[0])
+        return self.found.logits(self.found.body(**inputs).last_hidden_state[0])
+
+    def reading(self) -> AbstractContextManager:
+        "Inside, `step` may be called."
+        return _reading(self.lm)
 
 # %% ../nbs/09_sampling.ipynb #5a1b7d32
 def _attend_places(self: _Room, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Float[Tensor, "N H D"]:
@@ -156,9 +168,9 @@ def _attend_places(self: _Room, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> 
     for kept, new in ((keys, k), (values, v)): kept[self.places, :, self.used - 1] = new
     queries = q.new_zeros(self.top, k.shape[1], q.shape[1] // k.shape[1], q.shape[2])   # heads that share keys together
     queries[self.places] = q.view(len(q), *queries.shape[1:])
-    seen = slice(self.top), slice(None), slice(self.used)
+    seen = slice(self.top), slice(None), slice(self.width)
     out = _attend(queries, keys[seen], values[seen], self.mask, **how)
-    return out.flatten(1, 2)[self.places]
+    return out.flatten(1, 2).index_select(0, self.places)
 
 _Room.attend = _attend_places # type: ignore[attr-defined]
 
@@ -180,20 +192,21 @@ def sample(
     over, u, logits = torch.zeros_like(row, dtype=torch.bool), u.flatten(0, 1), reader.logits[state]
     out: dict[str, Tensor] = {}
     rows: Tensor | None
-    for t in range(T):
-        new = next_tokens(logits, u[row, t], temperature, top_k) | {"mask": torch.ones_like(row)}
-        for k, v in new.items(): out.setdefault(k, v.new_zeros(B * G, T))[row, t] = v.where(~over[row], 0)
-        over[row] |= ended(out["response_ids"][row, :t + 1])
-        token, look = new["response_ids"], (t + 1) % every == 0
-        if look: row, token, state = (x[~over[row]] for x in (row, token, state))
-        if t + 1 == T or not len(row): break
-        if every == 1: token, rows, state, row = _parted(token, state, row, logits.shape[1])
-        else: rows, state = state if look or not t else None, torch.arange(len(row), device=row.device)
-        logits = reader.step(token, rows)
-        if len(logits) < len(row): logits = logits[state]
+    with torch.inference_mode(), reader.reading():
+        for t in range(T):
+            new = next_tokens(logits, u[row, t], temperature, top_k) | {"mask": torch.ones_like(row)}
+            for k, v in new.items(): out.setdefault(k, v.new_zeros(B * G, T))[row, t] = v.where(~over[row], 0)
+            over[row] |= ended(out["response_ids"][row, :t + 1])
+            token, look = new["response_ids"], (t + 1) % every == 0
+            if look: row, token, state = (x[~over[row]] for x in (row, token, state))
+            if t + 1 == T or not len(row): break
+            if every == 1: token, rows, state, row = _parted(token, state, row, logits.shape[1])
+            else: rows, state = state if look or not t else None, torch.arange(len(row), device=row.device)
+            logits = reader.step(token, rows)
+            if len(logits) < len(row): logits = logits[state]
     found = out["logp"].isnan().any(0).nonzero()
     if len(found): raise ValueError(f"the model gives NaN for token {int(found[0]) + 1} of a response")
-    return {k: v.unflatten(0, (B, G)) for k, v in (out | {"truncated": ~over}).items()}
+    return {k: v.clone().unflatten(0, (B, G)) for k, v in (out | {"truncated": ~over}).items()}
 
 def _parted(token: Tensor, state: Tensor, row: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Distinct tokens with the row that each comes behind; and the responses, sorted, with the new state of each."

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'check_numbers', 'TrainConfig', 'batches', 'learning_rate', 'prepare', 'Learner', 'counted', 'accumulate',
            'check_update', 'update', 'shares', 'step_stats', 'TimeUp', 'within', 'Guarded', 'answered', 'own_logps',
-           'experience', 'referred', 'filled', 'Keeper', 'TrainResult', 'train', 'check_alone', 'check_start',
+           'experience', 'referred', 'Keeper', 'TrainResult', 'flushing', 'train', 'check_alone', 'check_start',
            'mean_of', 'fitted', 'sampler_of']
 
 # %% ../nbs/32_train.ipynb #a54667d1
 import math, os, random, signal, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -24,7 +25,7 @@ from .folder import NonFiniteLoss, at_least, not_negative, notice, one_of, posit
 from .grpo import clip_fraction, kl_penalty, policy_ratio
 from .policy import (ADAPTERS, DTYPES, budget_for, check_context, free_memory, has_adapter, is_exact, recomputing,
                          reference_logps, starting_model, trainable_dtype, with_lora)
-from .recipe import Recipe, capo, refilled, spare, supplied
+from .recipe import Recipe, capo, filled, supplied
 from .rollout import HFSampler, Rollouts, Sampler, corrected, mismatch, parts, rollout, score, taught_logps
 from .task import Problem
 
@@ -42,13 +43,11 @@ def check_numbers(
     at_least(2, **of("group_size"))
     at_least(0, **of("warmup token_budget save_every lora_rank seed"))
     positive(**of("lr grad_clip temperature")); not_negative(**of("weight_decay kl lora_alpha verify_seconds"))
-    one_of(SCHEDULES, schedule=c.schedule); one_of(DTYPES, dtype=c.dtype)
-    one_of(ADAPTERS, adapter=c.adapter)
+    one_of(SCHEDULES, schedule=c.schedule); one_of(DTYPES, dtype=c.dtype); one_of(ADAPTERS, adapter=c.adapter)
     if c.importance_cap and not 1 <= c.importance_cap < math.inf:
         raise ValueError(f"importance_cap must be 0 or at least 1, and finite; it is {c.importance_cap}")
     if c.updates > c.questions: raise ValueError(f"updates must not exceed questions, {c.questions}; it is {c.updates}")
-    if c.warmup and c.warmup >= c.steps:
-        raise ValueError(f"warmup must be less than steps, {c.steps}; it is {c.warmup}")
+    if 0 < c.warmup >= c.steps: raise ValueError(f"warmup must be less than steps, {c.steps}; it is {c.warmup}")
 
 # %% ../nbs/32_train.ipynb #00402a30
 @dataclass(frozen=True)
@@ -131,7 +130,8 @@ class Learner:
         wide = lambda p: p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
         self.masters = {k: wide(p) for k, p in self.weights.items()}
         self.copies = [(self.masters[k], p) for k, p in self.weights.items() if self.masters[k] is not p]
-        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=config.lr, weight_decay=config.weight_decay)
+        options: dict[str, Any] = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.masters.values(), **options)
         self.clear()
 
     def clear(self) -> None:
@@ -344,22 +344,6 @@ def referred(r: Rollouts, reference: Callable[..., Tensor], config: TrainConfig)
     tempered = reference(r, r.temperature) if config.kl and r.temperature != 1 else None
     return replace(r, ref_logp=reference(r), ref_tempered_logp=tempered)
 
-# %% ../nbs/32_train.ipynb #c0ffee02
-def filled(
-    recipe: Recipe,                 # may refill
-    learn_from: Callable[..., Any], # `experience`, but for problems and step
-    batch: Sequence[Problem],       # of this step
-    problems: Sequence[Problem],    # all, for further batches
-    config: TrainConfig,            # seed and steps
-    step: int,                      # counted from 1
-) -> tuple[Rollouts, dict[str, float]]:
-    "The experience of a step, with groups of further batches in the place of those that the recipe does without."
-    r, extra = learn_from(problems=batch, step=step)
-    if recipe.refill:
-        another = lambda k: learn_from(problems=spare(problems, config, step, k), step=step + k * config.steps)[0]
-        r, extra["batches"] = refilled(r, recipe.refill, another)
-    return r, extra
-
 # %% ../nbs/32_train.ipynb #5d22f3ee
 @runtime_checkable
 class Keeper(Protocol):
@@ -379,7 +363,17 @@ class TrainResult:
     stopped: int = 0                                          # its keeper's reason, such as the number of a signal
     checkpoint: Any = None                                    # the last one, where `capo.run` keeps them
 
+# %% ../nbs/32_train.ipynb #7d3a1e51
+@contextmanager
+def flushing() -> Iterator[None]:
+    "Inside, on a CPU that can, numbers that are too small for full precision are 0; behind, it is as it was before."
+    before = not bool(torch.tensor(1e-39) * torch.ones(()))
+    torch.set_flush_denormal(True)
+    try: yield
+    finally: torch.set_flush_denormal(before)
+
 # %% ../nbs/32_train.ipynb #401554a0
+@flushing()
 def train(
     model: nn.Module,                                            # any causal LM of transformers; changed in place
     tokenizer: Any,                                              # its tokenizer
@@ -393,8 +387,8 @@ def train(
     keeper: Keeper | None = None,                                # where to begin, and what to save; None: nothing
 ) -> TrainResult:
     "Trains a policy by a recipe. Raises `ValueError`, `NonFiniteLoss`. (Paper, objective; 2402.03300.)"
-    check_start(problems)
-    recipe, verify = recipe or capo(), Guarded(verify, config.verify_seconds)
+    check_start(problems, recipe := recipe or capo(), config)
+    verify = Guarded(verify, config.verify_seconds)
     policy = prepare(model, config)
     config = fitted(config, policy, tokenizer, problems)
     sampler = sampler or sampler_of(policy, tokenizer, config)
@@ -402,14 +396,19 @@ def train(
     learner, result = Learner(policy, config), TrainResult(policy)
     result.step = keeper.begin(policy, tokenizer, learner) if keeper else 0
     learn_from = partial(experience, sampler, policy, verify=verify, reference=reference, config=config)
+    def learn(r: Rollouts, step: int) -> list[dict[str, float]]:
+        A = recipe.advantage(r, step)
+        return [update(policy, learner, recipe, r[s], A[s], config, step) for s in shares(config)]
     def measure(step: int) -> None:
         if evaluate: result.evals.append({"step": step} | evaluate(policy, step))
     for step, batch in islice(enumerate(batches(problems, config), 1), result.step, None):
         if (step - 1) % config.eval_every == 0: measure(step - 1)
         start = time.perf_counter()
         r, extra = filled(recipe, learn_from, batch, problems, config, step)
-        A = recipe.advantage(r, step)
-        updates = [update(policy, learner, recipe, r[s], A[s], config, step) for s in shares(config)]
+        updates = learn(r, step)
+        if recipe.again:                                    # the step of its seed is beyond those of `filled`
+            second, _ = learn_from(problems=[batch[i] for i in recipe.again(r)], step=step + 10 * config.steps)
+            updates, extra["again"] = updates + learn(second, step), second.reward.mean().item()
         row = {"step": step} | step_stats(r, recipe) | mean_of(updates) | extra
         result.rows.append(row | {"lr": learning_rate(step, config), "seconds": time.perf_counter() - start})
         if log: log(result.rows[-1])
@@ -426,10 +425,11 @@ def check_alone() -> None:
     if n == 1: return
     raise ValueError(f"capo.train is one process, WORLD_SIZE is {n}: for several processes use capo.trl or capo.verl")
 
-def check_start(problems: Sequence[Problem]) -> None:
+def check_start(problems: Sequence[Problem], recipe: Recipe, config: TrainConfig) -> None:
     "Raises `ValueError` for what `TrainConfig` cannot know."
     check_alone()
     if not len(problems): raise ValueError("problems is empty: there is nothing to train on")
+    if config.questions < 2 and recipe.settings.get("across"): raise ValueError("across needs at least two questions")
 
 def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     "Column by column."

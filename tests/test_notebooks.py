@@ -29,7 +29,7 @@ SECONDS = {
     "24_report.ipynb": 180,
     "27_policy.ipynb": 180,
     "28_folder.ipynb": 180,
-    "25_sample.ipynb": 180,
+    "25_batches.ipynb": 180,
     "29_keep.ipynb": 180,
     "30_recipe.ipynb": 180,
     "31_baselines.ipynb": 60,

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from capo.evaluate import evaluate, padded
 from capo.responses import (Responses, as_responses, read_responses, response_rows, write_responses)
 from capo.rollout import HFSampler, Rollouts, rollout
-from capo.sample import cut_to_batches, sample_to_file
+from capo.batches import cut_to_batches, sample_to_file
 from capo.task import Problem, arithmetic, base_model, last_integer, verify
 
 GOOD = {"id": "a", "response": "So it is 4.", "answer": "4", "reference": "4", "correct": 1, "lpm": -.5}

@@ -1,7 +1,6 @@
 "The runs of the pretrained model, on a small one: task, warm start, arms that are stopped and go on, records."
-import argparse, csv, json, random
+import argparse, csv, gzip, json, random
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import smollm2_sums as sums
@@ -10,29 +9,35 @@ import torch
 
 from capo.evaluate import padded
 from capo.responses import read_responses
-from capo.task import arithmetic_tokenizer, tiny_lm, verify
+from capo.task import base_model, verify
 from smollm2_sums import TASKS, Sums
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_worked_solutions_show_their_steps(task):
     pages, problems = task.pages(50, 0), task.problems(50, 1)
-    assert all(str(eval(p.prompt[:-1])) == p.answer for p in problems) and len({p.prompt for p in problems}) == 50
-    for prompt, page in pages:
+    bare = lambda prompt: prompt.removeprefix(sums.START)
+    assert all(str(eval(bare(p.prompt)[:-1])) == p.answer for p in problems)
+    assert len({p.prompt for p in problems}) == 50 and all(p.prompt.startswith(sums.START) for p in problems)
+    for prompt, page in ((bare(prompt), page) for prompt, page in pages):
         steps = page.split(",")
-        assert len(steps) == task.terms - 1 and prompt.startswith(steps[0].split("=")[0])
+        assert len(steps) == len(task.digits) - 1 and prompt.startswith(steps[0].split("=")[0])
         totals = [step.split("=")[1] for step in steps]
         assert all(step.startswith(total) for step, total in zip(steps[1:], totals))
-    right = sum(verify(page, str(eval(prompt[:-1]))) for prompt, page in pages)
+    right = sum(verify(page, str(eval(bare(prompt)[:-1]))) for prompt, page in pages)
     assert (right == 50) == (task.slips == 0)
     assert not {prompt for prompt, _ in task.pages(200, 3)} & {p.prompt for p in task.problems(256, sums.HELD_OUT)}
 
 
 def test_a_teacher_without_slips_is_right_and_one_with_carries_on():
-    assert Sums(3, 2, 0).worked("47+38-25=", random.Random(0)) == "47+38=85,85-25=60"
-    first, second = Sums(3, 2, 1).worked("47+38-25=", random.Random(0)).split(",")
+    assert Sums((2, 2, 2), 0).worked("47+38-25=", random.Random(0)) == "47+38=85,85-25=60"
+    first, second = Sums((2, 2, 2), 1).worked("47+38-25=", random.Random(0)).split(",")
     total = first.split("=")[1]
     assert total != "85" and second.startswith(f"{total}-25=") and int(second.split("=")[1]) != int(total) - 25
+
+
+def test_a_question_is_not_held_out_if_there_are_too_few():
+    with pytest.raises(ValueError, match="only 162"): Sums((1, 1), 0).problems(163, 0)
 
 
 def test_the_spread_is_within_groups_and_among_those_that_ended():
@@ -45,17 +50,13 @@ def test_the_spread_is_within_groups_and_among_those_that_ended():
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    "A warm-started small model with its record, and everything else small too."
-    folder = tmp_path/"warm"
-    tiny_lm(16, 1, 2).save_pretrained(folder); arithmetic_tokenizer().save_pretrained(folder)
-    (folder/"warm.json").write_text(json.dumps({"task": "4 terms of 1 digit", "sha256": "0"}))
-    config = replace(runner.CONFIG, questions=2, group_size=2, max_new_tokens=8, lora_rank=2)
-    for module, name, x in ((runner, "CONFIG", config), (runner, "RATES", (1e-3, 1e-2)), (runner, "BUDGET", 8)):
-        monkeypatch.setattr(module, name, x)
-    # a model that knows nothing is never right: any answer that holds an even number is
-    even = lambda text, answer: (n := runner.last_integer(text)) is not None and int(n) % 2 == 0
-    monkeypatch.setattr(runner, "verify", even)
-    monkeypatch.setattr(runner, "train", partial(runner.train, verify=even))
+    "The small base model, which knows these sums a little, in the place of the warm-started one; all else small too."
+    folder, (model, tokenizer) = tmp_path/"warm", base_model()
+    model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+    (folder/"warm.json").write_text(json.dumps({"task": "1+1+1+1 digits, slips 0.1", "sha256": "0"}))
+    config = replace(runner.CONFIG, questions=4, group_size=4, max_new_tokens=12, lora_rank=2)
+    for name, x in (("CONFIG", config), ("RATES", (1e-3, 1e-2)), ("BUDGET", 12)): monkeypatch.setattr(runner, name, x)
+    monkeypatch.setattr(sums, "START", "")
     return runner.Bench(tmp_path/"work", folder, samples=4, questions=6)
 
 
@@ -76,7 +77,7 @@ def test_settings_runs_and_records(bench, tmp_path):
     evals = rows(bench.work/"capo-2/evals.csv")
     assert [int(e["step"]) for e in evals] == [0, 2, 4]
     first = [rows(bench.work/f"{arm}-1/evals.csv")[0] for arm in ("grpo", "capo")]
-    assert first[0] == first[1] and first[0]["rescored_auc"] == first[0]["auc_mean"]
+    assert first[0] == first[1]
     runner.collect(bench, asked(bench, arms=["grpo", "capo", "grpo-mask"]))
     summary = json.loads((bench.work/"out/summary.json").read_text())
     assert set(summary["final"]) == {"base", "grpo", "capo"} and summary["seeds"] == [1, 2]
@@ -85,6 +86,15 @@ def test_settings_runs_and_records(bench, tmp_path):
     assert summary["final"]["grpo"]["accuracy"]["by_seed"][1] == pytest.approx(last.correct.double().mean().item())
     answers = read_responses(bench.work/"responses/capo.jsonl.gz")
     assert len(answers) == 12 and len(answers.text) == 48
+    with gzip.open(bench.work/"responses/capo.jsonl.gz", "rt") as f: assert all("ref_ppl" in line for line in f)
+
+
+def test_answers_that_are_scored_again_by_who_gave_them_keep_their_order(bench):
+    first = runner.base(bench, 1)
+    again = runner.some(runner.said(bench, 1))
+    assert again.reward.shape == (6, 2) and len(again.text[0]) == 2
+    rescored = replace(again, logp=runner.score(bench.model(), again))
+    assert runner.evaluate(rescored)["auc_mean"] == pytest.approx(first["rescored_auc"], nan_ok=True)
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_numbers(bench, monkeypatch):

@@ -1,12 +1,13 @@
-"""Chains of sums for SmolLM2, a teacher who slips, and which of them leaves room: smollm2_sums.py warm|survey ...
+"""Chains of sums for SmolLM2, a teacher who slips, and which of them leaves room: smollm2_sums.py [--tasks ...]
 
-`warm` trains SmolLM2-135M-Instruct on worked solutions, all its weights, and writes FOLDER (default
-runs/SmolLM2-warm) with `warm.json`: the command, the losses, the SHA-256 of the weights. `survey` does that for each
-task and amount in turn, lets the model answer 128 questions 16 times at temperature 1, and writes a row of
-nbs/data/smollm2_runs/survey.csv each. Rows that are there are not made again.
+For each task and amount: trains SmolLM2-135M-Instruct, all its weights, on so many worked solutions, and writes it to a
+folder of its own in runs/SmolLM2-warm, with `warm.json`: the command, the losses, the SHA-256 of the weights. Lets it
+answer 128 questions 16 times at temperature 1, and writes a row of nbs/data/smollm2_runs/survey.csv. Models and rows
+that are there are not made again.
 """
-import argparse, csv, json, random, re, shlex, sys, time
+import argparse, csv, json, math, random, re, shlex, sys, time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,36 +16,39 @@ from capo.calibration import auc_mean
 from capo.compare import commit
 from capo.evaluate import evaluate
 from capo.folder import CSVLog, sha256
+from capo.responses import write_whole
 from capo.rollout import HFSampler, rollout
 from capo.task import Problem, load_model, load_tokenizer, verify, warm_start
 from smollm2 import FOLDER as MODEL
 
+START = "<|im_start|>" # the model looks at the first token from everywhere and reads nothing from it: not a number
 NBS = Path(__file__).resolve().parents[1]
 DATA, WARM = NBS/"data/smollm2_runs", NBS.parent/"runs/SmolLM2-warm"
 
 
 @dataclass(frozen=True)
 class Sums:
-    "A chain of `terms` numbers of `digits` digits, worked step by step by a teacher who slips on a step with `slips`."
-    terms: int
-    digits: int
+    "A chain of numbers with so many digits each, worked step by step by a teacher who slips at a rate for each step."
+    digits: tuple[int, ...]
     slips: float
 
     def question(self, rng):
-        number = lambda: str(rng.randrange(10**(self.digits - 1), 10**self.digits))
-        return "".join(rng.choice("+-") + number() for _ in range(self.terms))[1:] + "="
+        terms = [rng.choice("+-") + str(rng.randrange(10**(n - 1), 10**n)) for n in self.digits]
+        return "".join(terms)[1:] + "="
 
     def problems(self, n, seed, exclude=()):
-        "`n` distinct problems, none of `exclude`."
+        "`n` distinct problems, none of `exclude`; `ValueError` if there are not so many."
         rng, found = random.Random(seed), {}
+        every = math.prod(9 * 10**(k - 1) for k in self.digits) * 2**(len(self.digits) - 1)
+        if n + len(exclude) > every: raise ValueError(f"there are only {every} such questions")
         while len(found) < n:
             q = self.question(rng)
-            if q not in exclude: found[q] = Problem(q, str(eval(q[:-1])))
+            if START + q not in exclude: found[q] = Problem(START + q, str(eval(q[:-1])))
         return list(found.values())
 
-    def worked(self, prompt, rng):
-        "47+38-25= → 47+38=85,85-25=60; a slip is off by 1 to 9 in one digit, and carries on."
-        terms = re.findall(r"[+-]\d+", "+" + prompt)
+    def worked(self, question, rng):
+        "47+38-25= → 47+38=85,85-25=60; a slip is off by 1 to 10, and carries on."
+        terms = re.findall(r"[+-]\d+", "+" + question)
         value, steps = int(terms[0]), []
         for t in terms[1:]:
             before, value = value, value + int(t)
@@ -52,20 +56,19 @@ class Sums:
             steps.append(f"{before}{t}={value}")
         return ",".join(steps)
 
-    def slip(self, rng): return rng.choice((-1, 1)) * rng.randint(1, 9) * 10**rng.randrange(self.digits)
+    def slip(self, rng): return rng.choice((-1, 1)) * rng.randint(1, 10)
 
     def pages(self, n, seed):
-        "`n` questions with worked solutions, none of the held-out ones."
-        rng = random.Random(seed)
-        held_out = {p.prompt for p in self.problems(QUESTIONS, HELD_OUT)}
-        return [(p.prompt, self.worked(p.prompt, rng)) for p in self.problems(n, seed, held_out)]
+        "`n` questions with worked solutions, none of the held-out ones; a question may come again."
+        rng, held_out = random.Random(seed), {p.prompt for p in self.problems(QUESTIONS, HELD_OUT)}
+        asked = (q for q in iter(lambda: self.question(rng), None) if START + q not in held_out)
+        return [(START + q, self.worked(q, rng)) for q in islice(asked, n)]
 
 
-TASKS = {"4 terms of 1 digit": Sums(4, 1, .3), "3 terms of 2 digits": Sums(3, 2, .3),
-         "3 terms of 2 digits, few slips": Sums(3, 2, .1), "4 terms of 2 digits, few slips": Sums(4, 2, .1),
-         "3 terms of 3 digits, no slips": Sums(3, 3, 0)}
-AMOUNTS = 500, 1000, 2000   # pages
-PAGES, BATCH, LR = 0, 16, 1e-4  # seed of the pages, pages a step, peak learning rate
+TASKS = {f"{'+'.join(map(str, digits))} digits, slips {slips:g}": Sums(digits, slips) for digits, slips in (
+    ((1, 1, 1), .1), ((1, 1, 1), .3), ((1, 1, 1, 1), .1), ((1, 1, 1, 1), .3), ((2, 1, 1, 1), .1), ((2, 2, 2), .1))}
+AMOUNTS = 1000, 3000   # pages
+PAGES, BATCH, LR = 0, 8, 5e-4   # seed of the pages, pages a step, peak learning rate
 QUESTIONS, HELD_OUT = 256, 2    # that are never trained on, and their seed
 BUDGET, CACHE = 32, 2**14       # tokens of a response at most, and in the key–value cache
 
@@ -73,12 +76,20 @@ BUDGET, CACHE = 32, 2**14       # tokens of a response at most, and in the key�
 def load(folder): return load_model(str(folder), "float32"), load_tokenizer(str(folder))
 
 
-def warmed(task, pages, model=MODEL):
-    "The model after a pass over `pages` worked solutions, its tokenizer, the losses, and the seconds of this process."
-    model, tokenizer = load(model)
+def warmed(task, pages, source, folder):
+    "The model after a pass over `pages` worked solutions, and its tokenizer; made if it is not in the folder."
+    if (folder/"warm.json").exists(): return load(folder)
+    model, tokenizer = load(source)
     began = time.process_time()
     losses = warm_start(model, tokenizer, TASKS[task].pages(pages, PAGES), batch_size=BATCH, lr=LR)
-    return model, tokenizer, losses, time.process_time() - began
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    about = {"task": task, **asdict(TASKS[task]), "pages": pages, "pages_seed": PAGES, "batch": BATCH, "lr": LR,
+             "command": shlex.join(["python", "nbs/tools/smollm2_sums.py", *sys.argv[1:]]), "commit": commit(),
+             "torch": torch.__version__, "seconds": time.process_time() - began,
+             "sha256": sha256(folder/"model.safetensors"), "losses": [round(x, 4) for x in losses]}
+    write_whole(folder/"warm.json", json.dumps(about, indent=1) + "\n")
+    return model, tokenizer
 
 
 def spread(r):
@@ -101,51 +112,33 @@ def numbers(r):
             "length": e["length"], "truncated": e["truncated"]}
 
 
-def survey(a):
-    done = list(csv.DictReader(open(a.out))) if a.out.exists() else []
-    log = CSVLog(a.out, True)
-    log.columns = list(done[0]) if done else []
-    for task in a.tasks or TASKS:
-        for pages in a.amounts:
-            if any(row["task"] == task and int(row["pages"]) == pages for row in done): continue
-            model, tokenizer, losses, warm = warmed(task, pages, a.model)
-            began = time.process_time()
-            sampler = HFSampler(model, tokenizer, BUDGET, tokens=CACHE)
-            r = rollout(sampler, TASKS[task].problems(a.questions, 1), 16, verify, 1)
-            last = losses[-len(losses) // 5:]
-            log({"task": task, "pages": pages, "questions": a.questions, "loss": sum(last) / len(last)} | numbers(r) |
-                {"warm_seconds": warm, "seconds": time.process_time() - began})
-            print(task, pages, numbers(r), r.text[0][:4], flush=True)
-
-
-def warm(a):
-    model, tokenizer, losses, seconds = warmed(a.task, a.pages, a.model)
-    model.save_pretrained(a.out)
-    tokenizer.save_pretrained(a.out)
-    about = {"task": a.task, **asdict(TASKS[a.task]), "pages": a.pages, "pages_seed": PAGES, "batch": BATCH, "lr": LR,
-             "command": shlex.join(["python", "nbs/tools/smollm2_sums.py", *sys.argv[1:]]), "commit": commit(),
-             "torch": torch.__version__, "sha256": sha256(a.out/"model.safetensors"), "seconds": seconds,
-             "losses": [round(x, 4) for x in losses]}
-    (a.out/"warm.json").write_text(json.dumps(about, indent=1) + "\n")
-    print({k: x for k, x in about.items() if k != "losses"})
+def row(task, pages, a):
+    "One row of the survey."
+    folder = a.models/re.sub("[^a-z0-9.]+", "-", f"{task}-{pages}")
+    model, tokenizer = warmed(task, pages, a.source, folder)
+    warm = json.loads((folder/"warm.json").read_text())
+    last = warm["losses"][-len(warm["losses"]) // 5:]
+    began, sampler = time.process_time(), HFSampler(model, tokenizer, BUDGET, tokens=CACHE)
+    r = rollout(sampler, TASKS[task].problems(a.questions, 1), 16, verify, 1)
+    print(task, pages, r.text[0][:4], flush=True)
+    return {"task": task, "pages": pages, "questions": a.questions, "loss": sum(last) / len(last)} | numbers(r) | {
+        "warm_seconds": warm["seconds"], "seconds": time.process_time() - began}
 
 
 if __name__ == "__main__":
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--model", type=Path, default=MODEL)
-    commands = ask.add_subparsers(required=True)
-    one = commands.add_parser("survey")
-    one.add_argument("--tasks", nargs="*", choices=TASKS)
-    one.add_argument("--amounts", nargs="*", type=int, default=AMOUNTS)
-    one.add_argument("--questions", type=int, default=128)
-    one.add_argument("--out", type=Path, default=DATA/"survey.csv")
-    one.set_defaults(do=survey)
-    two = commands.add_parser("warm")
-    two.add_argument("--task", choices=TASKS, required=True)
-    two.add_argument("--pages", type=int, required=True)
-    two.add_argument("--out", type=Path, default=WARM)
-    two.set_defaults(do=warm)
+    ask.add_argument("--source", type=Path, default=MODEL, help="the pretrained model")
+    ask.add_argument("--models", type=Path, default=WARM, help="where the warm-started ones go, 0.5 GB each")
+    ask.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    ask.add_argument("--pages", nargs="+", type=int, default=AMOUNTS, help="amounts of warm start")
+    ask.add_argument("--questions", type=int, default=128)
+    ask.add_argument("--out", type=Path, default=DATA/"survey.csv")
     a = ask.parse_args()
     torch.set_num_threads(1)
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.do(a)
+    done = list(csv.DictReader(open(a.out))) if a.out.exists() else []
+    log = CSVLog(a.out, True)
+    log.columns = list(done[0]) if done else []
+    for task in a.tasks:
+        for pages in a.pages:
+            if not any(x["task"] == task and int(x["pages"]) == pages for x in done): log(row(task, pages, a))

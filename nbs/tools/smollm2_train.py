@@ -24,12 +24,13 @@ from capo.responses import locked, response_rows, write_responses, write_whole
 from capo.rollout import HFSampler, Rollouts, rollout, score
 from capo.task import last_integer, verify
 from capo.train import TrainConfig, train
-from smollm2_sums import BUDGET, CACHE, DATA, HELD_OUT, QUESTIONS, TASKS, WARM, load, numbers, spread
+from smollm2_sums import BUDGET, CACHE, DATA, HELD_OUT, QUESTIONS, TASKS, load, numbers, spread
 
 ARMS = "grpo", "capo", "capo-across", "grpo-mask", "grpo-across"       # in the order in which they are run
+PUBLISHED = "grpo", "capo"
 UNREPORTED, RATES = 101, (5e-5, 1e-4, 2e-4)                              # seed of the settings; rates to choose from
 CONFIG = TrainConfig(steps=100, questions=16, group_size=8, updates=1, max_new_tokens=BUDGET, sample_tokens=CACHE,
-                     token_budget=2**13, eval_every=25, save_every=1, keep=1, lora_rank=16)
+                     token_budget=2**12, eval_every=25, save_every=1, keep=1, lora_rank=16)
 
 
 def dump(path, x): write_whole(path, json.dumps(x, indent=1) + "\n")
@@ -87,8 +88,7 @@ def base(bench, seed):
         r = replace(r, ref_logp=r.logp)
         write(folder/"responses-0.jsonl.gz", r, bench.held_out)
         torch.save(vars(r), folder/"rollouts.pt")
-        row = evaluate(r)
-        row |= {"rescored_auc": row["auc_mean"], "seconds": time.process_time() - began}
+        row = evaluate(r) | {"rescored_auc": evaluate(some(r))["auc_mean"], "seconds": time.process_time() - began}
         dump(folder/"numbers.json", bench.about() | {"numbers": row})
     return row
 
@@ -96,12 +96,18 @@ def base(bench, seed):
 def said(bench, seed): return Rollouts(**torch.load(bench.work/f"base-{seed}/rollouts.pt", weights_only=False))
 
 
+def some(r):
+    "Half of the answers to each question: those of the base that every evaluation scores again."
+    half = r.map(lambda x: x[:, :x.shape[1] // 2], prompt=lambda x: x)
+    return replace(half, text=[texts[:r.reward.shape[1] // 2] for texts in r.text])
+
+
 class HeldOut:
     "The evaluation of a run, logged, its answers kept. Before training the policy is the base, which has answered."
-    def __init__(self, bench, folder, seed, last):
-        self.bench, self.folder, self.seed, self.last = bench, folder, seed, last
-        self.first, self.log = base(bench, seed), CSVLog(folder/"evals.csv", True)
-        self.said = said(bench, seed)
+    def __init__(self, bench, folder, config, published):
+        self.bench, self.folder, self.config, self.published = bench, folder, config, published
+        self.first, self.log = base(bench, config.seed), CSVLog(folder/"evals.csv", True)
+        self.said = some(said(bench, config.seed))
 
     def __call__(self, policy, step):
         began, row = time.process_time(), self.first
@@ -112,25 +118,26 @@ class HeldOut:
         return row
 
     def numbers(self, policy, step):
-        r = self.bench.answers(policy, self.seed)
-        if step == self.last:
-            with policy.disable_adapter(): r = replace(r, ref_logp=score(policy, r, CONFIG.token_budget))
+        budget, r = self.config.token_budget, self.bench.answers(policy, self.config.seed)
+        if step == self.config.steps:
             torch.save(lpm_and_reward(r), self.folder/"last.pt")
+            with policy.disable_adapter():
+                if self.published: r = replace(r, ref_logp=score(policy, r, budget))
         write(self.folder/f"responses-{step}.jsonl.gz", r, self.bench.held_out)
-        again = replace(self.said, logp=score(policy, self.said, CONFIG.token_budget))
+        again = replace(self.said, logp=score(policy, self.said, budget))
         return evaluate(r) | {"rescored_auc": evaluate(again)["auc_mean"]}
 
     def rewind(self, step): self.log.rewind(step - 1)                   # the evaluation at `step` is made again
 
 
-def trained(bench, folder, recipe, config, evaluates=True):
+def trained(bench, folder, recipe, config, evaluates=True, published=False):
     """Trains in a folder, from its last step on if it has one, and marks it whole at the end; stops if asked to.
 
     Raises `BlockingIOError` if another process is at work there."""
     if (folder/"whole.json").exists(): return
     folder.mkdir(parents=True, exist_ok=True)
     model, problems = bench.model(), bench.pool(config.seed, config.steps * config.questions)
-    watch = HeldOut(bench, folder, config.seed, config.steps) if evaluates else None
+    watch = HeldOut(bench, folder, config, published) if evaluates else None
     log = Logs(CSVLog(folder/"log.csv", True), Progress(config.steps, folder.name))
     with keeping(folder, model, problems, recipe, config, resume=True, told=(log, watch)) as keeper:
         lives = read(folder/"lives.json") if (folder/"lives.json").exists() else []
@@ -186,7 +193,8 @@ def runs(bench, a):
     made = arms(s["tau"], s["ref_low"], s["ref_high"])
     config = replace(CONFIG, lr=s["lr"], steps=a.steps, eval_every=a.eval_every)
     def job(arm, seed):
-        return lambda: trained(bench, bench.work/f"{arm}-{seed}", made[arm](), replace(config, seed=seed))
+        where, of_seed = bench.work/f"{arm}-{seed}", replace(config, seed=seed)
+        return lambda: trained(bench, where, made[arm](), of_seed, published=arm in PUBLISHED)
     if left := in_turn({f"{arm}-{seed}": job(arm, seed) for arm in a.arms for seed in a.seeds}):
         print(f"in other hands: {left}")
 
@@ -232,13 +240,13 @@ def collect(bench, a):
     dump(a.out/"summary.json", summarise([record(bench, arm, seed) for arm in whole for seed in a.seeds]))
     a.responses.mkdir(parents=True, exist_ok=True)
     published(bench, a, "base", 0)
-    for arm in ("grpo", "capo"): published(bench, a, arm, last)
+    for arm in PUBLISHED: published(bench, a, arm, last)
 
 
 if __name__ == "__main__":
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--work", type=Path, default=DATA.parents[2]/"runs/smollm2")
-    ask.add_argument("--model", type=Path, default=WARM)
+    ask.add_argument("--model", type=Path, required=True, help="a warm-started one")
     ask.add_argument("--questions", type=int, default=QUESTIONS, help="held-out questions; fewer to try it out")
     commands = ask.add_subparsers(required=True)
     one = commands.add_parser("settings", help=settings.__doc__)
