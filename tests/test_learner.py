@@ -258,9 +258,7 @@ class Dashboard(ModuleType):
     "As much of wandb and trackio as is used: runs by their id, or name, that are begun once and gone on with."
     def __init__(self, name, server):
         super().__init__(name)
-        self.__spec__, self.server, self.util = ModuleSpec(name, None), server, self
-
-    def generate_id(self): return f"id{len(self.server)}"
+        self.__spec__, self.server = ModuleSpec(name, None), server
 
     def init(self, name, resume, id=None, **where):
         key = id or name
