@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'DTYPES', 'with_lora', 'tied_layers', 'has_adapter', 'is_fresh', 'trained_on', 'merged', 'starting_model',
-           'swapped', 'reference_logps', 'trainable_dtype', 'is_exact', 'recomputing', 'check_context', 'token_bytes',
-           'free_memory', 'budget_for']
+           'swapped', 'reference_logps', 'trainable_dtype', 'is_exact', 'flushing', 'recomputing', 'check_context',
+           'token_bytes', 'free_memory', 'budget_for']
 
 # %% ../nbs/27_policy.ipynb #c1c0f003
 import copy
@@ -140,6 +140,15 @@ def is_exact(
     wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
     attention = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
     return wide and not hasattr(model, "_orig_mod") and attention in ("sdpa", "eager")
+
+# %% ../nbs/27_policy.ipynb #7d3a1e51
+@contextmanager
+def flushing() -> Iterator[None]:
+    "Inside, on a CPU that can, numbers that are too small for full precision are 0; behind, it is as it was before."
+    before = not bool(torch.tensor(1e-39) * torch.ones(()))
+    torch.set_flush_denormal(True)
+    try: yield
+    finally: torch.set_flush_denormal(before)
 
 # %% ../nbs/27_policy.ipynb #285aa6ff
 @contextmanager

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from .logprob import at_rest, mean_logp, perplexity, shared_logps, can_share, token_logps
+from .logprob import at_rest, mean_logp, perplexity, can_share, token_logps
 from .sampling import adapter_added, sample, splitmix, uniforms
 from .task import Problem
+from .tree import tree_logps
 
 # %% ../nbs/12_rollout.ipynb #5b3bd186
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ def rollout_logps(
     model: nn.Module,          # policy or reference
     rollouts: Rollouts,        # B questions, G responses
     temperature: float = 1.0,  # of the distribution
+    largest: int = 128,        # tokens of a tree, above which each response is read by itself
 ) -> Float[Tensor, "B G T"]:
-    "Log-probabilities of the response tokens under `model`, differentiable, 0 outside the mask; a prompt is read once."
+    "Log-probabilities of the response tokens under `model`, differentiable, 0 outside the mask; nothing is read twice."
     (B, G, T), mask = rollouts.mask.shape, rollouts.mask.bool()
     asked, answered = rollouts.prompt_mask.sum(-1).tolist(), rollouts.mask.sum(-1).flatten().tolist()
     whole = not (mask[..., 1:] & ~mask[..., :-1]).any()                      # a response is its first tokens
@@ -91,7 +93,8 @@ def rollout_logps(
         return plain_rollout_logps(model, rollouts, temperature)
     prompts = [ids[-n:] for n, ids in zip(asked, rollouts.prompt_ids.tolist())]
     responses = [ids[:n] for n, ids in zip(answered, rollouts.response_ids.flatten(0, 1).tolist())]
-    logp = shared_logps(model, prompts, responses, [i // G for i in range(B * G)], temperature)
+    parent = [i // G for i in range(B * G)]
+    logp = tree_logps(model, prompts, responses, parent, temperature, largest=largest)
     return logp.new_zeros(B, G, T).masked_scatter(mask, logp)
 
 # %% ../nbs/12_rollout.ipynb #74a8d3f2
@@ -261,8 +264,8 @@ def _rollouts(tokenizer: Any, asked: Any, temperature: float, truncated: Tensor,
     flat = tokenizer.batch_decode(columns["response_ids"].flatten(0, 1), skip_special_tokens=True)
     text = [flat[i:i + n] for i in range(0, len(flat), n)]
     reward = torch.zeros_like(columns["logp"][..., 0])
-    ids, mask = asked
-    return Rollouts(ids, mask, reward=reward, truncated=truncated, text=text, temperature=temperature, **columns)
+    return Rollouts(asked[0], asked[1], reward=reward, truncated=truncated, text=text,
+                    temperature=temperature, **columns)
 
 # %% ../nbs/12_rollout.ipynb #f6739f39
 def grade(

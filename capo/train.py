@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'check_numbers', 'TrainConfig', 'batches', 'learning_rate', 'prepare', 'Learner', 'counted', 'accumulate',
            'check_update', 'update', 'shares', 'step_stats', 'TimeUp', 'within', 'Guarded', 'answered', 'own_logps',
-           'experience', 'referred', 'Keeper', 'TrainResult', 'flushing', 'train', 'check_alone', 'check_start',
-           'mean_of', 'fitted', 'sampler_of']
+           'experience', 'referred', 'Keeper', 'TrainResult', 'train', 'check_alone', 'check_start', 'mean_of',
+           'fitted', 'sampler_of']
 
 # %% ../nbs/32_train.ipynb #a54667d1
 import math, os, random, signal, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -23,8 +22,8 @@ import capo.task as task
 from .calibration import auc_mean
 from .folder import NonFiniteLoss, at_least, not_negative, notice, one_of, positive
 from .grpo import clip_fraction, kl_penalty, policy_ratio
-from .policy import (ADAPTERS, DTYPES, budget_for, check_context, free_memory, has_adapter, is_exact, recomputing,
-                         reference_logps, starting_model, trainable_dtype, with_lora)
+from .policy import (ADAPTERS, DTYPES, budget_for, check_context, flushing, free_memory, has_adapter, is_exact,
+                         recomputing, reference_logps, starting_model, trainable_dtype, with_lora)
 from .recipe import Recipe, capo, filled, supplied
 from .rollout import HFSampler, Rollouts, Sampler, corrected, mismatch, parts, rollout, score, taught_logps
 from .task import Problem
@@ -362,15 +361,6 @@ class TrainResult:
     step: int = 0                                             # steps done since the run began
     stopped: int = 0                                          # its keeper's reason, such as the number of a signal
     checkpoint: Any = None                                    # the last one, where `capo.run` keeps them
-
-# %% ../nbs/32_train.ipynb #7d3a1e51
-@contextmanager
-def flushing() -> Iterator[None]:
-    "Inside, on a CPU that can, numbers that are too small for full precision are 0; behind, it is as it was before."
-    before = not bool(torch.tensor(1e-39) * torch.ones(()))
-    torch.set_flush_denormal(True)
-    try: yield
-    finally: torch.set_flush_denormal(before)
 
 # %% ../nbs/32_train.ipynb #401554a0
 @flushing()

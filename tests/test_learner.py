@@ -17,7 +17,7 @@ from capo.folder import LOGS, Checkpoints, Logs, TensorBoardLog, settings
 from capo.rollout import HFSampler, cut_by_tokens, parts, rollout, rollout_logps, score
 from capo.keep import keeping
 from capo.run import RunConfig, run as run_folder
-from capo.train import Learner, TrainConfig, accumulate, batches, learning_rate, prepare
+from capo.train import Learner, TrainConfig, accumulate, batches, learning_rate, prepare, train
 from helpers import has_a_seven, model, problems, run, small, tokenizer, weights
 
 
@@ -31,8 +31,8 @@ def test_the_default_loop_is_the_plain_one():
     "Written out: sample, advantage, two halves, AdamW. Every weight is equal to the last bit where no advantage is 0."
     config, policy, advantage = replace(small, updates=2), model(), lambda r, step: grpo().advantage(r, step) + .125
     result = run(replace(grpo(), advantage=advantage), config)
-    optimizer, sampler = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.), HFSampler(policy,
-        tokenizer, 16)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0., fused=True)
+    sampler = HFSampler(policy, tokenizer, 16)
     for step, batch in enumerate(batches(problems, config), 1):
         r = rollout(sampler, batch, 4, has_a_seven, seed=step)
         A = advantage(r, step)
@@ -358,3 +358,12 @@ def test_a_run_from_a_file_with_lora_and_a_chat_template(tmp_path, capsys, monke
     assert cli.main(["train", "--resume", "run"]) == 0 and Checkpoints("run").all()[-1].name == "checkpoint-000003"
     with open("problems.jsonl", "a") as f: f.write(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
     assert cli.main(["train", "--resume", "run"]) == 2 and "the problems are others" in capsys.readouterr().err
+
+
+def test_tiny_numbers_are_zero_while_training_and_not_after():
+    seen, config = [], TrainConfig(steps=1, questions=2, group_size=2, max_new_tokens=2)
+    def halves(*_): return seen.append((torch.full((64,), 1e-39) / 2).max().item()) or {}
+    train(model(), tokenizer, problems, grpo(), evaluate=halves, config=config)
+    halves()
+    possible = torch.set_flush_denormal(False)
+    assert seen[-1] > 0 and (not possible or seen[:-1] == [0, 0])

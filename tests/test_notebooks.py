@@ -14,6 +14,7 @@ SECONDS = {
     "05_mask.ipynb": 180,
     "06_misalignment.ipynb": 180,
     "07_limits.ipynb": 180,
+    "08_tree.ipynb": 180,
     "09_sampling.ipynb": 180,
     "10_answer.ipynb": 180,
     "11_task.ipynb": 180,

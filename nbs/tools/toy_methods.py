@@ -94,6 +94,9 @@ def runs(cfg, seeds):
     return log
 
 
+def told(settings): return {k: "inf" if v == math.inf else v for k, v in settings.items()}  # JSON has no infinity
+
+
 if __name__ == "__main__":
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--seeds", type=int, default=10)
@@ -103,6 +106,6 @@ if __name__ == "__main__":
     toy.save("toy_methods.csv", runs(CONFIG, seeds))
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=toy.DATA)
     info = dict(command=f"python nbs/tools/toy_methods.py --seeds {todo.seeds}", config=CONFIG, seeds=seeds,
-                settings={arm: dict(recipe.settings) for arm, recipe in ARMS.items()}, commit=head.stdout.strip(),
+                settings={arm: told(recipe.settings) for arm, recipe in ARMS.items()}, commit=head.stdout.strip(),
                 torch=torch.__version__, cpu_seconds=round(time.process_time() - begin))
     (toy.DATA/"toy_methods.json").write_text(json.dumps(info, indent=1) + "\n")
