@@ -1,7 +1,7 @@
 """How often do the intervals of `capo.evaluate` hold the truth? Every row of both tables of a report, simulated.
 
-`python benchmarks/coverage.py --runs 1000` prints a table and writes coverage.csv, a size at a time; with the same
-number of runs it goes on where it was stopped. Every interval is simulated; `capo.evaluate.reliable` says which of them
+`python benchmarks/coverage.py --runs 1000` prints a table and writes coverage.csv, a size at a time; what it
+already holds of as many runs, or more, stays. Every interval is simulated; `capo.evaluate.reliable` says which of them
 a report shows. The world: questions of random difficulty, eight responses each, a confidence that knows something of
 the question and of the response, answers that a vote can count. Two runs on the same questions do not differ (gain 0,
 the null), or do. Each run chooses a threshold; what its interval claims is about that threshold, so its truth is what
@@ -85,8 +85,8 @@ def assessed(r, B, first):
 
 
 def differences(one, other):
-    "`paired`, with every interval."
-    usual, lib.reliable = lib.reliable, lambda key, B: True
+    "`paired`, with every interval but for what two thresholds do."
+    usual, lib.reliable = lib.reliable, lambda key, B, fewest: key not in ("coverage", "precision")
     try: return paired(one, other).differences
     finally: lib.reliable = usual
 
@@ -105,11 +105,10 @@ def covered(B, G, gain, runs, single, difference, at, first, seed=1):
     return {k: (len(x), x.count(0) / len(x), x.count(1) / len(x), x.count(-1) / len(x)) for k, x in hits.items()}
 
 
-def recorded(runs):
-    "The rows of coverage.csv, if they are of so many runs."
-    if not (HERE / "coverage.csv").exists(): return []
-    rows = [*csv.DictReader(open(HERE / "coverage.csv"))]
-    return rows if all(r.get("runs") == str(runs) for r in rows) else []
+def recorded():
+    "The rows of coverage.csv."
+    path = HERE / "coverage.csv"
+    return [*csv.DictReader(path.open())] if path.exists() else []
 
 
 if __name__ == "__main__":
@@ -121,17 +120,20 @@ if __name__ == "__main__":
     a = parser.parse_args()
     torch.set_num_threads(1)
     lib.rpc_of_texts = lib.perplexity_of_texts # a mean over questions as well, and a hundred times as quick
-    rows = recorded(a.runs)
+    rows, of = recorded(), lambda r: (r["gain"], r["questions"])
     for gain in a.gains:
-        left = [B for B in a.questions if not any((r["gain"], r["questions"]) == (str(gain), str(B)) for r in rows)]
+        done = {of(r) for r in rows if int(r["runs"]) >= a.runs}
+        left = [B for B in a.questions if (str(gain), str(B)) not in done]
         if left: single, difference, at = truth(a.responses, gain)
         for B in left:
-            found = covered(B, a.responses, gain, a.runs, single, difference, at, gain == a.gains[0])
+            found = covered(B, a.responses, gain, a.runs, single, difference, at, gain == 0)
+            rows = [r for r in rows if of(r) != (str(gain), str(B))]
             for (table, key), (n, inside, above, below) in found.items():
                 if key == "rpc": continue
                 rows.append({"table": table, "gain": str(gain), "row": key, "questions": str(B), "runs": str(a.runs),
                              "intervals": str(n), "covered": f"{inside:.4f}", "above": f"{above:.4f}",
                              "below": f"{below:.4f}"})
+            rows.sort(key=lambda r: (float(r["gain"]), int(r["questions"])))
             with open(HERE / "coverage.csv", "w", newline="") as f:
                 table = csv.DictWriter(f, rows[0], lineterminator="\n")
                 table.writeheader(); table.writerows(rows)

@@ -10,7 +10,7 @@ __all__ = ['JOINER', 'SCALES', 'DIGITS', 'QUANTITY', 'ATOM', 'FORMULA', 'LABEL',
 
 # %% ../nbs/10_answer.ipynb #7386d4c8
 import decimal, functools, inspect, json, os, re, signal, subprocess, sys, time, unicodedata, warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
@@ -293,12 +293,10 @@ def _serve():
         return any(verify(*p, numeric_precision=50, timeout_seconds=None, raise_on_error=True) for p in (xy, xy[::-1]))
     same("x^2-1", r"(x+1)\sqrt{3}"), _worth(read(r"x\sin 1"))                # what is imported late is imported now
     refused = _fence()
-    limit(0)
-    os.write(reply, b"!\n")
+    limit(0); os.write(reply, b"!\n")
     for line in sys.stdin:
         *answers, seconds = json.loads(line)
-        refused.clear()
-        limit(seconds)
+        refused.clear(); limit(seconds)
         try: found = same(*answers) if len(answers) > 1 else _worth(read(*answers))
         except Exception: found = "?"
         limit(0)
@@ -417,6 +415,7 @@ def same_answers(
     seconds: float = 3.0,             # of computing, for each question to a helper
     workers: int | None = None,       # threads, each with a helper; None: as many as there are cores
     budget: float | None = None,      # seconds by the clock for all pairs; None: no limit
+    show: Callable = iter,            # wraps the verdicts of distinct pairs as they come, as tqdm does
 ) -> list[bool | None]:
     "`same_answer` of each pair, equal pairs once; None also where the budget is spent, and a warning says how often."
     distinct, late = list(dict.fromkeys(pairs := list(pairs))), []
@@ -424,7 +423,8 @@ def same_answers(
     def one(pair):
         if time.monotonic() < end: return same_answer(pair[0], pair[1], seconds)
         late.append(pair)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool: verdicts = dict(zip(distinct, pool.map(one, distinct)))
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        verdicts = dict(zip(distinct, show(pool.map(one, distinct))))
     if late: warnings.warn(f"the budget of {budget:g} s is spent; {len(late)} of {len(distinct)} pairs are undecided")
     return [verdicts[pair] for pair in pairs]
 

@@ -238,7 +238,8 @@ def run_report(a: argparse.Namespace, command: str) -> None:
     "Prints the tables and writes the folder."
     out = Path(a.out or new_name("report"))
     if out.exists(): new_folder(out)                       # refused before any work, if it holds something
-    made = report(a.files, by=a.by, format=a.format, columns=named_columns(a.column), precision=a.precision)
+    how = {"by": a.by, "format": a.format, "columns": named_columns(a.column), "budget": a.budget}
+    made = report(a.files, **how, precision=a.precision)
     made.save(new_folder(out), a.csv)
     print(f"{made}\n\nSee {out}/report.html, and report.md, summary.json and the pictures beside it.")
     accept(made.refused, a)
@@ -390,6 +391,8 @@ def add_report(commands: Any) -> None:
     r.add_argument("--precision", type=float, default=0.9, help="to ask of the responses above the threshold")
     r.add_argument("--by",
                    help="confidence to report on; by default the first of lpm, confidence, score, token_confidence")
+    r.add_argument("--budget", type=float, metavar="SECONDS", help="for comparing answers with references; what is not "
+                   "reached counts as wrong, and is said; by default no limit")
     r.add_argument("--csv", action="store_true", help="write every table as CSV too")
     add_log_options(r)
 

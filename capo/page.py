@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SERIES', 'DARK', 'RIGHT', 'WRONG', 'PALETTE', 'INK', 'ALONE', 'SCRIPT', 'STYLE', 'visible', 'Code', 'Value',
-           'in_markdown', 'in_html', 'Piece', 'Heading', 'Paragraph', 'Grid', 'Fold', 'series', 'Chart', 'line', 'dot',
-           'bar', 'words_at', 'ticks', 'axes', 'key', 'drawn', 'Picture', 'shorten', 'Example', 'Examples', 'flat',
-           'for_terminal', 'as_csv', 'plain', 'Report', 'report_files', 'save_report']
+           'in_markdown', 'in_html', 'short_names', 'Piece', 'Heading', 'Paragraph', 'Grid', 'Fold', 'series', 'Chart',
+           'line', 'dot', 'bar', 'words_at', 'ticks', 'axes', 'key', 'drawn', 'Picture', 'shorten', 'Example',
+           'Examples', 'flat', 'for_terminal', 'as_csv', 'plain', 'Report', 'report_files', 'save_report']
 
 # %% ../nbs/18_page.ipynb #18fe7f91
-import csv, html, io, json, math, re, shutil, textwrap
+import csv, html, io, json, math, os, re, shutil, textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,18 @@ def in_html(x: str) -> str:
     if isinstance(x, Value) and space: return f"{value} <small>{interval}</small>"
     shown = value + space + interval
     return f"<code>{shown}</code>" if isinstance(x, Code) else shown
+
+# %% ../nbs/18_page.ipynb #18f00011
+def short_names(
+    names: Sequence[str], # of sets of responses
+    size: int = 24,       # characters to keep
+) -> list[str]:
+    "Each name, cut where it does not differ from the others."
+    if max(map(len, names)) <= size: return [visible(n) for n in names]
+    start = len(os.path.commonprefix(list(names))) if len(names) > 1 else 0
+    start = max(0, min(start, min(map(len, names)) - size // 2))
+    cut = [("…" if start else "") + n[start:] for n in names]
+    return [visible(n if len(n) <= size else f"{n[:size // 2]}…{n[len(n) - size // 2 + 1:]}") for n in cut]
 
 # %% ../nbs/18_page.ipynb #4806cb6e
 class Piece:
@@ -293,7 +305,7 @@ def flat(blocks: Iterable[Piece]) -> list[Piece]:
 # %% ../nbs/18_page.ipynb #44f4b203
 def for_terminal(rows: Sequence[Sequence[str]], width: int = 80) -> str:
     "A table of at most so many columns: intervals go where they do not fit, then ends of names, then the last sets."
-    first = min(34, max(len(r[0]) for r in rows))
+    first = min(36, max(len(r[0]) for r in rows))
     for short in (str, lambda x: x.split(" [")[0]):
         body = [[short(visible(c)) for c in r[1:]] for r in rows]
         size = [max(map(len, c)) for c in zip(*body)]
