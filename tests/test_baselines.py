@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from capo.advantage import pairwise_loss
-from capo.baselines import (METHODS, by_class, method, mixed, pairwise, question_weight, sequence_ratio, staircase,
-                            worthwhile)
+from capo.baselines import (METHODS, by_class, method, mixed, over_length, over_responses, over_tokens, pairwise,
+                            question_weight, sequence_ratio, staircase, worthwhile)
 from capo.grpo import grpo_advantage
 from capo.recipe import Likeliest, capo, grpo, grpo_size, refilled, supplied
 from capo.rollout import HFSampler, rollout
@@ -254,11 +254,13 @@ def test_the_less_likely_a_right_answer_the_more_it_earns(order):
 def test_codapo_and_cde_written_out(seed, step, alpha, kappa):
     r = batch(seed)[0]
     codapo, cde = made("codapo").advantage(r, step), made("cde", alpha=alpha, kappa=kappa).advantage(r, step)
+    centred = made("codapo", scale=False).advantage(r, step)
     unsigned = made("cde", alpha=alpha, kappa=kappa, signed=False).advantage(r, step)
     for i, (lpm, R) in enumerate(zip(r.lpm.tolist(), r.reward.tolist())):
         d, plain = R.count(0) / len(R), grpo_advantage(r.reward[i:i + 1])[0]
         weight = math.exp(sum(lpm) / len(lpm)) * (1 - 4 * (d - .5) ** 2) + .1
         assert torch.allclose(codapo[i], weight * plain, atol=1e-5)
+        assert torch.allclose(centred[i], weight * (r.reward[i] - r.reward[i].mean()), atol=1e-5)
         omega = .5 ** ((step - 1) // 100)
         for found, sign in ((cde, lambda x: 2 * x - 1), (unsigned, lambda x: x)):
             shaded = [sign(x) + omega * min(abs(sign(x)) / kappa, -alpha * y) for x, y in zip(R, lpm)]
@@ -494,3 +496,16 @@ def test_any_surrogate_takes_the_mask():
     r = rollouts(lpm, right, ref_ppl=torch.tensor([[9., 2., 1.5, 2.5]]))
     plain, both = pairwise(hinge).advantage(r, 1), pairwise(hinge, 2., 3.).advantage(r, 1)
     assert both.equal(plain * torch.tensor([[0, 1, 0, 1]])) and pairwise(hinge, 2., 3.).keep is not None
+
+
+def test_means_of_one_token_and_of_none():
+    x = torch.tensor([[3., 5.]])
+    for mean, one in ((over_tokens, 3), (over_responses, 3), (over_length(2), 1.5)):
+        assert mean(x, torch.tensor([[1, 0]])) == one and mean(x, torch.tensor([[0, 0]])) == 0
+
+
+def test_dapo_without_refilling(): assert made("dapo", refill=False).refill is None and made("dapo").refill is mixed
+
+
+def test_a_recipe_does_not_both_refill_and_ask_again():
+    refuses(lambda: replace(made("dapo"), again=made("codapo", again=4).again), "not both")

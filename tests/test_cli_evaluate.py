@@ -7,10 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import capo.batches as lib
 from capo import cli
@@ -82,6 +84,7 @@ def test_a_finished_run_is_not_sampled_again(capsys, monkeypatch):
 
 def child(kill_at):
     "The run in a process of its own, which may kill itself in the middle of a batch."
+    tqdm.set_lock(threading.RLock())          # the usual one is shared with forked processes, and a killed one keeps it
     if kill_at is not None:
         calls, lines = [], lib.response_lines
         def torn(rows):
