@@ -23,6 +23,7 @@ from .data import DATASETS, DataOptions
 from .folder import Broken, clock, fingerprint, new_folder, notice, plot_runs, read_settings, same_run, settings
 from .logs import LOG_FORMATS
 from .page import shorten
+from .policy import quicker_dtype
 from .report import report
 from .responses import convert
 from .rollout import HFSampler, VLLMSampler
@@ -203,6 +204,9 @@ def sampled(
 def run_evaluate(a: argparse.Namespace, command: str) -> None:
     "Samples what is missing, one model after the other, and writes the report."
     check_evaluate(a)
+    if a.dtype == "measured":
+        a.dtype, why = quicker_dtype()
+        notice(f"capo: {why}")
     out, table = Path(a.out or new_name("evaluate")), DataOptions(**typed_fields(a, DataOptions))
     questions = table.problems(a.data, a.questions, say=lambda line: notice(f"capo: {line}"))
     runs = [model_run(a, model, folder, questions) for model, folder in model_folders(a.model, out).items()]
@@ -368,8 +372,10 @@ def add_evaluate(commands: Any) -> None:
     e.add_argument("--precision", type=float, default=0.9,
                    help="to ask of the responses above the threshold that the report names")
     e.add_argument("--vllm", action="store_true", help="sample with vLLM instead of transformers")
-    e.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-                   help="of the weights; auto is bfloat16 on a GPU and float32 elsewhere")
+    e.add_argument("--dtype", default="auto",
+                   choices=["auto", "float32", "bfloat16", "float16", "measured"],
+                   help="of the weights; auto is bfloat16 on a GPU and float32 elsewhere, measured is the "
+                   "quicker of the two on this CPU, which is said")
     e.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_fields(e.add_argument_group("how the data is read"), DataOptions)
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'DTYPES', 'with_lora', 'tied_layers', 'has_adapter', 'is_fresh', 'trained_on', 'merged', 'starting_model',
-           'swapped', 'reference_logps', 'trainable_dtype', 'is_exact', 'flushing', 'recomputing', 'check_context',
-           'token_bytes', 'free_memory', 'budget_for']
+           'swapped', 'reference_logps', 'trainable_dtype', 'is_exact', 'flushing', 'product_seconds', 'quicker_dtype',
+           'recomputing', 'check_context', 'token_bytes', 'free_memory', 'budget_for']
 
 # %% ../nbs/27_policy.ipynb #c1c0f003
-import copy
+import copy, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -149,6 +149,26 @@ def flushing() -> Iterator[None]:
     torch.set_flush_denormal(True)
     try: yield
     finally: torch.set_flush_denormal(before)
+
+# %% ../nbs/27_policy.ipynb #7d3a1e54
+def product_seconds(
+    kind: torch.dtype,  # of the numbers
+    rows: int = 64,     # responses
+    width: int = 1024,  # hidden size
+) -> float:
+    "The least of six times of a matrix product like those of decoding."
+    x, weights = torch.ones(rows, width, dtype=kind), torch.ones(width, 4 * width, dtype=kind)
+    def once() -> float:
+        start = time.perf_counter()
+        x @ weights
+        return time.perf_counter() - start
+    return min(once() for _ in range(6))
+
+def quicker_dtype() -> tuple[str, str]:
+    "bfloat16 if this CPU multiplies in two thirds of float32's time in it, else float32; and a sentence that says so."
+    full, half = product_seconds(torch.float32), product_seconds(torch.bfloat16)
+    chosen = "bfloat16" if half <= full * 2 / 3 else "float32"
+    return chosen, f"{chosen}, since a product takes {1e3 * full:.2f} ms in float32 and {1e3 * half:.2f} in bfloat16"
 
 # %% ../nbs/27_policy.ipynb #285aa6ff
 @contextmanager

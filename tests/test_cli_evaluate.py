@@ -367,3 +367,14 @@ def test_what_vllm_cannot_do_is_said(capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     assert 'pip install "capo-rl[vllm]"' in complaint(capsys, *RUN[:2], "m", *RUN[3:], "--vllm")
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("half, chosen", [(.5, "bfloat16"), (.9, "float32"), (5., "float32")])
+def test_a_precision_that_is_measured_is_said_and_kept(monkeypatch, caplog, half, chosen):
+    seconds = {torch.float32: 1e-3, torch.bfloat16: half * 1e-3}
+    monkeypatch.setattr("capo.policy.product_seconds", seconds.__getitem__)
+    write_sums()
+    command = ["evaluate", *"--model tiny --data sums.jsonl -n 2 --max-new-tokens 8 --out out".split()]
+    assert main([*command, "--dtype", "measured"]) == 0
+    assert f"{chosen}, since a product takes 1.00 ms in float32 and {half:.2f} in bfloat16" in caplog.text
+    assert json.loads(Path("out/config.json").read_text())["run"]["dtype"] == chosen
