@@ -509,3 +509,10 @@ def test_dapo_without_refilling(): assert made("dapo", refill=False).refill is N
 
 def test_a_recipe_does_not_both_refill_and_ask_again():
     refuses(lambda: replace(made("dapo"), again=made("codapo", again=4).again), "not both")
+
+
+def test_c2gspg_counts_an_empty_response_as_0():
+    loss = made("c2gspg", beta=1.).loss
+    logp, mask = torch.tensor([[-.5, -.5], [-9., -9.]]), torch.tensor([[1, 1], [0, 0]])
+    found = loss(logp, logp, torch.tensor([2., 0.]), mask, reward=torch.tensor([1., 0.]))
+    assert found.item() == pytest.approx((2 * .5 + .5) / 2)
