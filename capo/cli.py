@@ -85,7 +85,7 @@ def run_train(a: argparse.Namespace, command: str) -> int:
     elif result.checkpoint:
         policy = result.checkpoint / "policy"
         print(f"\n{result.step} steps done; see {out}/log.csv. The trained model is in {policy}. To load it:\n")
-        print(loading(config, policy))
+        print(loading(policy))
     return 128 + result.stopped if result.stopped else 0
 
 # %% ../nbs/60_cli.ipynb #0a9182ae

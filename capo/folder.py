@@ -10,7 +10,7 @@ __all__ = ['notice', 'Settings', 'LOGS', 'Row', 'SYMPTOMS', 'PANELS', 'at_least'
            'same_run', 'fingerprint']
 
 # %% ../nbs/28_folder.ipynb #a1c0f003
-import base64, csv, difflib, hashlib, json, logging, math, os, shutil, sys, time, typing
+import base64, csv, difflib, hashlib, json, logging, math, os, secrets, shutil, sys, time, typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -145,7 +145,7 @@ def wandb_log(folder: str | Path) -> Callable[[dict], Any]:
     "Rows to Weights & Biases, with the settings of its environment variables (`WANDB_MODE=offline` keeps them here)."
     import wandb
     known = Path(folder) / "wandb_id"                  # a run that goes on is one run there, too
-    if not known.exists(): known.write_text(wandb.util.generate_id())
+    if not known.exists(): known.write_text(secrets.token_hex(4))
     where = dict(project="capo", dir=str(folder), name=Path(folder).name)
     run = wandb.init(id=known.read_text(), resume="allow", **where)
     return lambda row: run.log(row, step=row["step"])

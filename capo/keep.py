@@ -122,7 +122,8 @@ def model_card(
 ) -> str:
     "What the policy is: method, data, settings, last numbers."
     settings, recipe = about["settings"], about["recipe"]
-    head = ["---", f"library_name: {'peft' if settings.get('lora_rank') else 'transformers'}", "tags: [capo]",
+    adapter = settings.get("lora_rank") or settings.get("adapter") == "continue"
+    head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "tags: [capo]",
             f"base_model: {json.dumps(settings.get('model', ''))}", "---", f"# {recipe['name']}, {step} steps",
             f"Trained on {settings.get('data', '') or 'problems'}, by capo."]
     last = {**(read_rows(folder / "log.csv") or [{}])[-1], **(read_rows(folder / "evals.csv") or [{}])[-1]}

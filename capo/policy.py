@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from .logprob import anatomy
 from .rollout import Rollouts, score
 
 # %% ../nbs/27_policy.ipynb #8aee27d1
@@ -191,7 +192,8 @@ def token_bytes(
     hidden, layers = config.hidden_size, config.num_hidden_layers
     layer = 10 * hidden + 4 * (getattr(config, "intermediate_size", None) or 4 * hidden)
     kept = layers * hidden + layer if recompute else layers * layer
-    return (kept + 6 * hidden) * next(model.parameters()).element_size()
+    logits = 0 if anatomy(model) else 8 * config.vocab_size                        # whole, and their slopes, in float32
+    return (kept + 6 * hidden) * next(model.parameters()).element_size() + logits
 
 # %% ../nbs/27_policy.ipynb #c1c0f018
 def free_memory(

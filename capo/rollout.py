@@ -208,7 +208,6 @@ class HFSampler:
     top_k: int = 0             # likeliest tokens that `token_confidence` is the mean over; 0: leave it out
     stop: Sequence[str] = ()   # strings that end a response, besides EOS
     tokens: int = 2**16        # to hold as keys and values at a time, of prompts and responses
-    first: int = 0             # number of the first prompt, where the prompts are a share of a longer list
 
     def __post_init__(self): _check_options(self.max_new_tokens, self.temperature, self.top_k, self.stop)
 
@@ -219,7 +218,7 @@ class HFSampler:
         with at_rest(self.model), adapter_added(self.model):
             for b, g in self.batches(mask.sum(-1).tolist(), n):
                 P = int(mask[b].sum(-1).max())
-                u = uniforms(seed, b + self.first, g, self.max_new_tokens).to(device)
+                u = uniforms(seed, b, g, self.max_new_tokens).to(device)
                 drawn = sample(self.model, ids[b, -P:], mask[b, -P:], u, ended, self.temperature, self.top_k)
                 for k, v in drawn.items():
                     whole.setdefault(k, v.new_zeros(len(prompts), n, *v.shape[2:]))[b[:, None], g] = v
@@ -354,7 +353,7 @@ def _started(
                "max_logprobs": max(20, top_k)} | ({"enable_lora": True, "max_lora_rank": room} if lora_rank else {})
     self.llm = LLM(model=str(model_path), **options | engine)
     self.lora_rank, self.adapter, self.folder = lora_rank, None, tempfile.TemporaryDirectory()
-    self.first, self.device = 0, torch.device("cpu")
+    self.device = torch.device("cpu")
 
 # %% ../nbs/12_rollout.ipynb #8b21d4f6
 def _give_adapter(self: Any, policy: Any) -> None:
@@ -399,7 +398,7 @@ def _raw(self: Any, asked: list[list[int]], ids: list[list[int]]) -> list:
 def _answers(self: Any, asked: list[list[int]], n: int, seed: int) -> list:
     "n answers to each question, whose draws its number decides."
     from vllm import SamplingParams
-    seeds = splitmix(torch.tensor(seed), torch.arange(len(asked)) + self.first) >> 2 & (1 << 61) - 1
+    seeds = splitmix(torch.tensor(seed), torch.arange(len(asked))) >> 2 & (1 << 61) - 1
     options = dict(n=n, temperature=self.temperature, max_tokens=self.max_new_tokens, stop=self.stop)
     params = [SamplingParams(seed=s, logprobs=self.top_k, **options) for s in seeds.tolist()]
     return [a for q in _asked(self, asked, params) for a in sorted(q.outputs, key=lambda a: a.index)]

@@ -1,7 +1,10 @@
 "The update in parts and in low precision, schedules, the KL, weights of tokens; settings by file and command line."
 import json
 import math
+import sys
 from dataclasses import fields, replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,10 +13,10 @@ from capo import cli
 from capo.grpo import clipped_loss, kl_penalty
 from capo.logprob import can_share
 from capo.recipe import Recipe, capo, grpo, grpo_size, together
-from capo.folder import LOGS, Checkpoints, Logs, TensorBoardLog
+from capo.folder import LOGS, Checkpoints, Logs, TensorBoardLog, settings
 from capo.rollout import HFSampler, cut_by_tokens, parts, rollout, rollout_logps, score
 from capo.keep import keeping
-from capo.run import RunConfig
+from capo.run import RunConfig, run as run_folder
 from capo.train import Learner, TrainConfig, accumulate, batches, learning_rate, prepare, train
 from helpers import has_a_seven, model, problems, run, small, tokenizer, weights
 
@@ -245,9 +248,41 @@ def test_tensorboard_gets_every_number(tmp_path):
 def test_other_logs_where_they_are_installed(name, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline"); monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     module = pytest.importorskip(name)
-    LOGS[name](tmp_path)({"step": 1, "reward": .5})
-    module.finish()
+    for step in (1, 2): # in two lives of one run
+        LOGS[name](tmp_path)({"step": step, "reward": .5})
+        module.finish()
     assert any(p.is_file() for p in tmp_path.rglob("*"))
+
+
+class Dashboard(ModuleType):
+    "As much of wandb and trackio as is used: runs by their id, or name, that are begun once and gone on with."
+    def __init__(self, name, server):
+        super().__init__(name)
+        self.__spec__, self.server = ModuleSpec(name, None), server
+
+    def init(self, name, resume, id=None, **where):
+        key = id or name
+        if key in self.server and resume != "allow": raise ValueError("there is such a run")
+        self.rows = self.server.setdefault(key, [])
+        return self
+
+    def log(self, row, step): self.rows.append((step, row))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_run_that_goes_on_is_one_run_elsewhere(name, tmp_path, monkeypatch):
+    "Stopped after two of four steps, and gone on with by another process."
+    server = {}
+    options = dict(model="tiny", data="arithmetic", questions=4, group_size=4, log=name, verify_seconds=0.)
+    options |= dict(validation="arithmetic", validation_size=2, validation_samples=2, eval_every=2, method="grpo")
+    for steps, resume in ((2, False), (4, True)):
+        monkeypatch.setitem(sys.modules, name, Dashboard(name, server))
+        run_folder(settings(RunConfig, options | {"steps": steps}), tmp_path / "run", resume, accept_changes=resume)
+    rows, = server.values()
+    trained = [step for step, row in rows if "reward" in row]
+    assert trained == [1, 2, 3, 4] and {s for s, row in rows if "validation/accuracy" in row} == {0, 2, 4}
+    assert [s for s, _ in rows] == sorted(s for s, _ in rows)                       # wandb drops what goes back
+    assert all("step" not in row for _, row in rows) or name == "wandb"
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "run.json"])

@@ -500,8 +500,3 @@ def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
         VLLMSampler("anywhere", tokenizer)
     with pytest.raises(ValueError, match="lora_rank must be from 0 to 512; it is 513"):
         VLLMSampler("anywhere", tokenizer, lora_rank=513)
-
-
-def test_a_share_of_the_questions_has_the_draws_of_the_whole():
-    whole = sampler()(PROMPTS, 3, seed=4)
-    assert sampler(first=2)(PROMPTS[2:], 3, seed=4).text == whole.text[2:]
