@@ -509,3 +509,17 @@ def test_dapo_without_refilling(): assert made("dapo", refill=False).refill is N
 
 def test_a_recipe_does_not_both_refill_and_ask_again():
     refuses(lambda: replace(made("dapo"), again=made("codapo", again=4).again), "not both")
+
+
+def test_c2gspg_counts_an_empty_response_as_0():
+    loss = made("c2gspg", beta=1.).loss
+    logp, mask = torch.tensor([[-.5, -.5], [-9., -9.]]), torch.tensor([[1, 1], [0, 0]])
+    found = loss(logp, logp, torch.tensor([2., 0.]), mask, reward=torch.tensor([1., 0.]))
+    assert found.item() == pytest.approx((2 * .5 + .5) / 2)
+
+
+def test_real_leaves_an_empty_response_out():
+    x, old = torch.tensor([[-.5], [-.7], [-9.]]), torch.tensor([[-.6], [-.4], [-9.]])
+    loss = lambda n: made("real").loss(x[:n], old[:n], torch.tensor([.5, -.5, 0.])[:n],
+                                       torch.tensor([[1], [1], [0]])[:n], question=torch.zeros(n, dtype=torch.long))
+    assert loss(3).item() == pytest.approx(loss(2).item())
