@@ -1,8 +1,10 @@
 """Every method, τ, masks, group sizes and pairs across questions in the small world: ablations.py FOLDER
 
 `FOLDER` may hold an earlier, interrupted run of the same command, which goes on. Three stages, on as many processes as
-there are cores: a small search, the same for every method, on a seed that is not reported; the runs, five seeds each;
-and the tables `search.csv`, `final.csv`, `evals.csv`, `config.json` in nbs/data/ablations, from whatever is done.
+there are cores: a small search, the same for every method, on a seed that is not reported (the rate by accuracy, then
+the method's own parameter by how often the most confident answer is right); the runs, five seeds each; and the tables
+`search.csv`, `final.csv`, `evals.csv`, `config.json` in nbs/data/ablations, from whatever is done. Without the search
+stage, what is recorded of it is taken.
 """
 import argparse, csv, json, math, shlex, sys
 from collections.abc import Callable
@@ -121,21 +123,27 @@ def searches(folder):
 
 
 def searched(folder):
-    "Rows of the search: the mean of the last two evaluations of each setting that is done."
+    "Rows of the search with their jobs: the mean of a setting's last two evaluations, or what is recorded of it."
+    file = DATA / "search.csv"
+    recorded = list(csv.DictReader(file.open())) if file.exists() else []
+    known = {(row["method"], float(row["lr"]), row["value"]): row for row in recorded}
     for job, value in searches(folder):
-        file = Path(job.folder) / "result.json"
-        if not file.exists(): continue
-        late = json.loads(file.read_text())["evals"][-2:]
-        mean = {k: sum(e[k] for e in late) / 2 for k in ("accuracy", "auc_mean", "most_confident", "entropy")}
-        yield {"method": job.arm, "lr": job.config.lr, "value": said(value)} | mean, job
+        key, result = (job.arm, job.config.lr, said(value)), Path(job.folder) / "result.json"
+        if result.exists(): late = json.loads(result.read_text())["evals"][-2:]
+        elif key in known: late = [known[key]] * 2
+        else: continue
+        mean = {k: sum(float(e[k]) for e in late) / 2 for k in ("accuracy", "auc_mean", "most_confident", "entropy")}
+        yield dict(zip(("method", "lr", "value"), key)) | mean, job
 
 
 def chosen(folder):
-    "Each method's setting whose most confident answer is right most often; its row and job."
+    "Each method's setting, its row and job: the rate of its most accurate run, and there the surest answer most right."
     best = {}
-    for row, job in searched(folder):
-        if row["method"] not in best or row["most_confident"] > best[row["method"]][0]["most_confident"]:
-            best[row["method"]] = row, job
+    for name in GRID:
+        mine = [(row, job) for row, job in searched(folder) if row["method"] == name]
+        if not mine: continue
+        rate = max(mine, key=lambda x: x[0]["accuracy"])[0]["lr"]
+        best[name] = max((x for x in mine if x[0]["lr"] == rate), key=lambda x: x[0]["most_confident"])
     return best
 
 
@@ -183,7 +191,7 @@ def tables(folder, jobs):
     "Writes the tables from what is done."
     DATA.mkdir(parents=True, exist_ok=True)
     done = [job for job in jobs if (Path(job.folder) / "result.json").exists()]
-    write(DATA / "search.csv", (row for row, _ in searched(folder)))
+    write(DATA / "search.csv", [row for row, _ in searched(folder)])
     write(DATA / "final.csv", map(finished, done))
     read = lambda job: json.loads((Path(job.folder) / "result.json").read_text())["evals"]
     write(DATA / "evals.csv", (where(job) | e for job in done for e in read(job)))
