@@ -89,7 +89,9 @@ def test_what_has_no_advantage_is_not_computed_and_changes_nothing(recipe, budge
     asked = r.prompt_mask.sum(-1)[taught.any(1)].sum()
     rows = {(b, *ids[m.bool()].tolist()) for b in range(12) for ids, m,
             t in zip(r.response_ids[b], r.mask[b], taught[b]) if t}
-    if not budget: assert sum(read) == asked + sum(len(row) - 2 for row in rows)   # a response twice is read once
+    # a beginning that responses share is read once, and their last token is not
+    beginnings = {row[:n] for row in rows for n in range(2, len(row))}
+    if not budget: assert sum(read) == asked + len(beginnings)
     read.clear()
     learner.clear()
     numbers = accumulate(fast, learner, recipe, r, torch.zeros_like(r.reward), config)
@@ -346,7 +348,7 @@ def test_a_run_from_a_file_with_lora_and_a_chat_template(tmp_path, capsys, monke
                      "--steps", "2", "--out", "run", *common]) == 0
     said = capsys.readouterr().out
     assert 'AutoPeftModelForCausalLM.from_pretrained("run/checkpoint-000002/policy")' in said
-    assert f"vllm serve {tmp_path}/base --enable-lora --max-lora-rank 2" in said
+    assert f"vllm serve {tmp_path}/base --enable-lora --max-lora-rank 8" in said   # vLLM's smallest
     assert AutoPeftModelForCausalLM.from_pretrained("run/checkpoint-000002/policy").peft_config["default"].r == 2
     assert (tmp_path / "run/log.csv").read_text().splitlines()[0].endswith(",lr,seconds,tokens_per_second,memory")
     assert len((tmp_path / "run/evals.csv").read_text().splitlines()) == 3
