@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from .advantage import pairwise_advantage
+from .folder import share
 from .grpo import clipped_loss, grpo_advantage
 from .logprob import _positions
 from .mask import noise_mask
@@ -73,7 +74,7 @@ def mixture(
     """`(1 − across)` times the advantage within groups, plus `across` times that of the batch as one row of `groups`.
 
     Raises `ValueError` for a share outside [0, 1], and for a batch of one question."""
-    if not 0 <= across <= 1: raise ValueError(f"across must lie in [0, 1]; it is {across}")
+    share(across=across)
     if not across: return within
     def both(*x: Tensor) -> Tensor:
         if len(x[0]) < 2: raise ValueError("across needs at least two questions in a batch; it has one")
