@@ -108,7 +108,6 @@ def as_text(
     if number and math.isfinite(answer): return str(int(answer) if answer == int(answer) else answer)
     return answer if isinstance(answer, str) and answer.strip() else None
 
-
 # %% ../nbs/14_data.ipynb #3d92be04
 def problem_of(
     row: Mapping[str, Any], # of a table
@@ -287,7 +286,7 @@ def load_problems(
 
 # %% ../nbs/14_data.ipynb #58455d29
 def in_a_box(answer: str) -> str:
-    "The form that `INSTRUCTION` asks for."
+    "The form that `capo.task.INSTRUCTION` asks for."
     return rf"\boxed{{{answer}}}"
 
 def ungradable(

@@ -273,7 +273,9 @@ def grade(
     problems: Sequence[Problem],           # the problem of each question
     verify: Callable[[str, str], bool],    # text, reference answer → right or wrong
 ) -> Rollouts:
-    "The rollouts with `reward` 1 where `verify` says so and the response ended by itself, else 0."
+    """The rollouts with `reward` 1 where `verify` says so and the response ended by itself, else 0.
+
+    Raises `ValueError` if there are not as many problems as questions, or for a verdict that is no bool, 0 or 1."""
     if len(rollouts) != len(problems):
         raise ValueError(f"there are {len(rollouts)} questions and {len(problems)} problems")
     graded = [[_verdict(verify(t, p.answer)) for t in ts] for ts, p in zip(rollouts.text, problems)]

@@ -153,9 +153,7 @@ SMALL = 5_000_000 # weights
 def limit_threads(
     model: nn.Module, # about to be trained or sampled from
 ) -> int:
-    """One thread for this process if the model has fewer than `SMALL` weights; returns the number of threads.
-
-    Its operations are too short to be shared: a run takes 41 s on one thread, minutes on two of a busy machine."""
+    "One thread for this process if the model has fewer than `SMALL` weights; returns the number of threads."
     if sum(p.numel() for p in model.parameters()) < SMALL: torch.set_num_threads(1)
     return torch.get_num_threads()
 

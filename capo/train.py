@@ -101,7 +101,7 @@ def learning_rate(
     step: int,           # counted from 1
     config: TrainConfig, # lr, schedule, warmup, steps
 ) -> float:
-    "Of all updates of a step."
+    "The learning rate of all updates of a step."
     if step <= config.warmup: return config.lr * step / config.warmup
     return config.lr * SCHEDULES[config.schedule]((step - config.warmup - 1) / (config.steps - config.warmup))
 

@@ -22,7 +22,7 @@ class Tree:
     tokens: list[int]                           # in that order
     depth: list[int]                            # tokens before each, on its branch
     ends: list[int]                             # where that which goes on from each ends
-    before: dict[tuple[int, ...], list[int]]    # a response but for its last token → what stands before its tokens
+    before: dict[tuple[int, ...], list[int]]    # a response but for its last token → places of the tokens that its tokens follow
 
 def grown(
     prompt: Sequence[int],               # at least one token

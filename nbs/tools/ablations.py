@@ -187,8 +187,8 @@ def write(path, rows):
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def tables(folder, jobs):
-    "Writes the tables from what is done."
+def tables(folder, jobs, map=map):
+    "Writes the tables from what is done; `map` is that of a pool, or Python's own."
     DATA.mkdir(parents=True, exist_ok=True)
     done = [job for job in jobs if (Path(job.folder) / "result.json").exists()]
     write(DATA / "search.csv", [row for row, _ in searched(folder)])
@@ -220,4 +220,4 @@ if __name__ == "__main__":
             worlds = [str(folder / "systematic" / f"base-{s}") for s in SEEDS]
             list(pool.map(partial(make_base, teacher=systematic_teacher), SEEDS, worlds))
             list(pool.map(run_job, list(runs(folder, a.bases))))
-    if "tables" in a.stage: tables(folder, list(runs(folder, a.bases)))
+        if "tables" in a.stage: tables(folder, list(runs(folder, a.bases)), pool.map)
