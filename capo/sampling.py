@@ -85,8 +85,8 @@ class _OwnCache:
         out = model(**inputs, use_cache=True)
         self.cache: Any = getattr(out, "past_key_values", None)
         self.logits = out.logits[:, -1]
-        if not hasattr(self.cache, "reorder_cache"):
-            raise ValueError(f"{type(model).__name__} has no key–value cache, which HFSampler needs")
+        if not hasattr(self.cache, "reorder_cache") or hasattr(self.cache, "linear_cache"): # MiniMax's moves in part
+            raise ValueError(f"{type(model).__name__} has no key–value cache whose rows can move, which HFSampler needs")
         self.position, self.of = {k: v[:, -1:] for k, v in position.items()}, torch.arange(len(prompt_ids))
 
     def step(self, token: Int[Tensor, "N"], rows: Tensor | None) -> Float[Tensor, "N V"]:
