@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['notice', 'Settings', 'LOGS', 'Row', 'SYMPTOMS', 'PANELS', 'at_least', 'positive', 'not_negative', 'share', 'one_of',
-           'Broken', 'NonFiniteLoss', 'settings', 'read_settings', 'CSVLog', 'TensorBoardLog', 'wandb_log',
+           'Broken', 'NonFiniteLoss', 'settings', 'typed', 'read_settings', 'CSVLog', 'TensorBoardLog', 'wandb_log',
            'trackio_log', 'rewind', 'Logs', 'clock', 'Progress', 'symptoms', 'Watch', 'read_rows', 'plot_runs',
            'CheckpointFailed', 'sha256', 'damage', 'sealed', 'remove_whole', 'Checkpoints', 'set_aside', 'check_free',
            'new_folder', 'same_run', 'differences', 'fingerprint']
 
 # %% ../nbs/28_folder.ipynb #a1c0f003
-import base64, csv, difflib, hashlib, json, logging, math, os, secrets, shutil, sys, time, typing
+import base64, csv, difflib, hashlib, json, logging, math, os, secrets, shutil, sys, time, types, typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -67,23 +67,28 @@ def settings(
     values: Mapping[str, Any], # from a file or a command line
 ) -> Settings:
     "The dataclass with these values, each brought to its declared type. Raises `ValueError`, with the nearest name."
-    types = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
     for name in values:
-        if name in types: continue
-        near = difflib.get_close_matches(str(name), types, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(types)}"
+        if name in hints: continue
+        near = difflib.get_close_matches(str(name), hints, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
         raise ValueError(f"there is no setting {name}; {hint}")
-    return kind(**{name: _typed(name, x, types[name]) for name, x in values.items()})
+    return kind(**{name: typed(name, x, hints[name]) for name, x in values.items()})
 
-def _typed(name: str, x: Any, wanted: Any) -> Any:
-    "`x` as a value of the declared type; an int will do for a float, and a number in quotes for a number."
-    options = typing.get_args(wanted) or (wanted,)
+def typed(name: str, x: Any, wanted: Any) -> Any:
+    "`x` as a value of the declared type; an int will do for a float, '1' for a number, a list for a pair."
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if x is None and type(None) in options or type(x) in options: return x
-    for t in (t for t in options if t in (int, float)):
+    for t in options:
+        kind, inner = typing.get_origin(t), typing.get_args(t)
+        if kind is Callable and callable(x): return x
+        if kind is tuple and isinstance(x, (list, tuple)) and len(x) == len(inner):
+            return tuple(typed(name, *pair) for pair in zip(x, inner))
         try:
-            if not isinstance(x, bool) and float(x) == t(x): return t(x)
+            if t in (int, float) and not isinstance(x, bool) and float(x) == t(x): return t(x)
         except (TypeError, ValueError): pass
-    raise ValueError(f"{name} must be {' or '.join(t.__name__ for t in options if t is not type(None))}; it is {x!r}")
+    words = {type(None): "null"} | {t: "a function" for t in options if typing.get_origin(t) is Callable}
+    raise ValueError(f"{name} must be {' or '.join(words.get(t) or t.__name__ for t in options)}; it is {x!r}")
 
 # %% ../nbs/28_folder.ipynb #6b80c2d3
 def read_settings(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Advantage', 'Loss', 'Keep', 'Size', 'SIZES', 'SUPPLIES', 'Recipe', 'trust', 'masked', 'mixture', 'grpo', 'paper_size',
-           'grpo_size', 'capo', 'question_of', 'reward_of', 'Likeliest', 'likeliest_of', 'supplied', 'together',
-           'questions', 'refilled', 'spare', 'filled']
+           'grpo_size', 'capo', 'question_of', 'reward_of', 'Likeliest', 'likeliest_of', 'supplied', 'takes',
+           'check_needs', 'together', 'questions', 'refilled', 'spare', 'filled']
 
 # %% ../nbs/30_recipe.ipynb #adb771e6
-import math, random
+import inspect, math, random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from .advantage import pairwise_advantage
-from .folder import share
+from .folder import one_of, share
 from .grpo import clipped_loss, grpo_advantage
 from .logprob import _positions
 from .mask import noise_mask
@@ -26,7 +26,7 @@ from .surrogate import logistic
 
 # %% ../nbs/30_recipe.ipynb #48b58c7b
 Advantage = Callable[[Rollouts, int], Tensor] # rollouts, step → (B, G)
-Loss = Callable[..., Tensor] # logp, old_logp (N, T), advantage (N,), mask (N, T), weight=None (N, T) → scalar
+Loss = Callable[..., Tensor] # logp, old_logp (N, T), advantage (N,), mask (N, T), maybe weight=None (N, T) → scalar
 Keep = Callable[[Rollouts], Tensor]           # rollouts → (B, G) bool
 
 # %% ../nbs/30_recipe.ipynb #292da3f7
@@ -44,6 +44,7 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict) # what it was made with, for records
 
     def __post_init__(self):
+        for name in self.needs: one_of(SUPPLIES, needs=name)
         if self.refill and self.again:
             raise ValueError("a recipe has refill or again, not both: again counts the questions as they were asked")
 
@@ -118,6 +119,7 @@ def capo(
 ) -> Recipe:
     "CAPO: pairwise advantages of the logistic surrogate, sized, and masked by reference perplexity. (Paper, Â = m·Ã.)"
     surrogate, keep = logistic(tau), trust(ref_low, ref_high)
+    if not callable(scale): raise ValueError(f"scale must be a function, paper_size or grpo_size; it is {scale}")
     def pairs(lpm: Tensor, reward: Tensor, valid: Tensor, groups: int = 1) -> Tensor:
         return scale(pairwise_advantage(lpm, reward, surrogate, valid), reward, valid, tau, groups)
     of, size = mixture(pairs, across), getattr(scale, "__name__", str(scale))
@@ -163,6 +165,35 @@ def supplied(
 ) -> dict[str, Any]:
     "What the recipe's loss needs besides, by name."
     return {name: SUPPLIES[name](policy, part, rows, G, wanted) for name, wanted in recipe.needs.items()}
+
+# %% ../nbs/30_recipe.ipynb #30a0b002
+def takes(
+    loss: Loss, # of a recipe
+    name: str,  # of an argument
+) -> bool:
+    "Can the loss be given such an argument?"
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in inspect.signature(loss).parameters.values())
+
+def check_needs(
+    recipe: Recipe,               # the method
+    config: Any,                  # of the run, a `TrainConfig`
+    apart: bool = False,          # do sampling and update compute log-probabilities differently?
+    longest: int = 0,             # tokens of the longest prompt, as far as it is known
+    vocabulary: float = math.inf, # tokens that the model has, as far as it is known
+) -> None:
+    "Nothing if such a run gives the recipe what it needs; else raises `ValueError`."
+    name, top = recipe.name, recipe.needs.get("likeliest", 0)
+    if recipe.settings.get("across") and config.questions < 2:
+        raise ValueError(f"across needs at least two questions in a batch; questions is {config.questions}")
+    if apart and config.importance_cap and not takes(recipe.loss, "weight"):
+        how = "where another engine samples, or a model in half precision"
+        raise ValueError(f"{name} takes no importance weights, which tokens have {how}: set importance_cap to 0")
+    group = config.group_size * (longest + config.max_new_tokens)
+    if "question" in recipe.needs and 0 < config.token_budget < group:
+        said = f"must be 0 or at least {group}; it is {config.token_budget}"
+        raise ValueError(f"{name} needs the responses of a question in one part of an update: token_budget {said}")
+    if top > vocabulary: raise ValueError(f"{name} looks at {top} likeliest tokens; the model has {vocabulary}")
+
 
 # %% ../nbs/30_recipe.ipynb #1a2b3c4d
 def together(
