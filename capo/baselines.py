@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'required', 'over_responses', 'over_tokens', 'over_length', 'clipped_gain', 'clipped', 'tokens',
            'normalised', 'dr_grpo', 'mixed', 'dapo', 'sequence_ratio', 'gspo', 'cispo', 'response_mean', 'in_groups',
-           'no_weight', 'by_class', 'disco', 'real', 'c2gspg', 'unlikeliness', 'question_weight', 'worthwhile',
-           'codapo', 'staircase', 'cde', 'simko', 'pairwise', 'method']
+           'by_class', 'disco', 'real', 'c2gspg', 'unlikeliness', 'question_weight', 'worthwhile', 'codapo',
+           'staircase', 'cde', 'simko', 'pairwise', 'method']
 
 # %% ../nbs/31_baselines.ipynb #ed46e23f
 import inspect, math
@@ -16,17 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from .advantage import pairwise_advantage
-from .folder import at_least, not_negative, positive, share
-from .grpo import clip_range, grpo_advantage, policy_ratio
+from .folder import at_least, not_negative, positive, share, typed
+from .grpo import check_shapes, clip_range, grpo_advantage, policy_ratio
 from .recipe import Likeliest, Loss, Recipe, capo, grpo, grpo_size, masked, trust
 from .rollout import Rollouts
 from .surrogate import Surrogate
 
 # %% ../nbs/31_baselines.ipynb #31a0ca12
-def required(name: str, value: Any) -> Any:
-    "The value. Raises `ValueError` if it is None: a loss was called without what its recipe needs."
+def required(name: str, value: Any, responses: int) -> Any:
+    "The value. Raises `ValueError` if it is not given or not of that many responses: it is what the recipe needs."
     if value is None: raise ValueError(f"this loss needs {name}=, as capo.recipe.supplied gives it")
-    return value
+    n = len(getattr(value, "entropy", value))
+    if n == responses: return value
+    raise ValueError(f"{name} must have an entry for each of {responses} responses; it has {n}")
 
 # %% ../nbs/31_baselines.ipynb #d0ee1f7c
 def over_responses(x: Tensor, mask: Tensor) -> Tensor:
@@ -61,6 +63,7 @@ def clipped(
     clip_range(eps)
     if dual is not None and not dual > 1: raise ValueError(f"dual must exceed 1; it is {dual}")
     def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+        check_shapes(logp, old_logp, advantage, mask, weight)
         gain = clipped_gain(ratio(logp, old_logp, mask), advantage.detach()[:, None], eps, dual)
         return -mean(gain if weight is None else weight.detach() * gain, mask)
     return loss
@@ -91,14 +94,14 @@ def mixed(r: Rollouts) -> Tensor:
     return right.any(1) & (~right & r.valid).any(1)
 
 def dapo(
-    eps: tuple[float, float] = (0.2, 0.28), # clip range
-    dual: float = 10.,                      # bound for negative advantages
+    eps: float | tuple[float, float] = (0.2, 0.28), # clip range
+    dual: float | None = 10.,               # bound for negative advantages
     longest: int = 20480,                   # longest response, for the shaping of rewards
     buffer: int = 4096,                     # tokens before the longest on which a response pays
     refill: bool = True,                    # draw questions of one class anew
 ) -> Recipe:
     "DAPO. (2503.14476; BytedTsinghua-SIA/DAPO, verl-recipe.)"
-    at_least(1, buffer=buffer)
+    at_least(1, longest=longest, buffer=buffer)
     if buffer > longest: raise ValueError(f"buffer must lie between 1 and longest, {longest}; it is {buffer}")
     def advantage(r: Rollouts, step: int) -> Tensor:
         over = (r.mask.sum(-1) - (longest - buffer)) / buffer
@@ -119,9 +122,9 @@ def sequence_ratio(
     return (mean + logp - logp.detach()).clamp(max=10).exp().where(mask, 1)
 
 def gspo(
-    eps: tuple[float, float] = (3e-4, 4e-4), # clip range of the sequence's ratio
+    eps: float | tuple[float, float] = (3e-4, 4e-4), # clip range of the sequence's ratio
 ) -> Recipe:
-    "GSPO. (2507.18071; as verl and TRL.)"
+    "GSPO. (2507.18071; by token as verl has it, which for one advantage a response is TRL's.)"
     return Recipe("gspo", grpo().advantage, clipped(over_responses, sequence_ratio, eps), settings=dict(eps=eps))
 
 # %% ../nbs/31_baselines.ipynb #2f5b2037
@@ -131,6 +134,7 @@ def cispo(
     "CISPO. (2506.13585, eqs 4 and 5; cap as in TRL.)"
     if not cap > 0: raise ValueError(f"cap must be positive; it is {cap}")
     def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+        check_shapes(logp, old_logp, advantage, mask, weight)
         ratio = policy_ratio(logp.detach(), old_logp, mask).clamp(max=cap)
         return -over_tokens((ratio if weight is None else ratio * weight) * advantage.detach()[:, None] * logp, mask)
     return Recipe("cispo", grpo().advantage, loss, count=tokens, settings=dict(cap=cap))
@@ -141,14 +145,11 @@ def response_mean(x: Tensor, mask: Tensor) -> Tensor:
     return x.where(mask.bool(), 0).sum(1) / mask.sum(1).clamp(min=1)
 
 def in_groups(question: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
-    "Columns (N,) of whole questions, one after another, as (B, G)."
-    G = int((question == question[0]).sum())
-    return tuple(x.view(-1, G) for x in columns)
-
-def no_weight(weight: Tensor | None) -> None:
-    "Raises `ValueError`: a loss of whole responses knows no weights of tokens."
-    if weight is not None:
-        raise ValueError("this method takes no importance weights of tokens: set importance_cap to 0")
+    "Columns (N,) as (B, G). Raises `ValueError` unless questions of one size follow one another, each whole."
+    number, sizes = question.unique_consecutive(return_counts=True)
+    if len(number) > len(number.unique()) or (sizes != sizes[0]).any():
+        raise ValueError(f"question must number whole questions of one size, in a row; it is {question.tolist()}")
+    return tuple(x.view(len(number), -1) for x in columns)
 
 def by_class(r: Rollouts) -> Tensor:
     "1/n₊ for a right response, −1/n₋ for a wrong one, 0 in groups of one class."
@@ -165,10 +166,11 @@ def disco(
     "DisCO with log-likelihood scores; DisCO-b with `tau=None`. (2505.12366; Optimization-AI/DisCO.)"
     if tau is not None: positive(tau=tau)
     not_negative(beta=beta, delta=delta)
-    def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, weight: Tensor | None = None, *,
+    def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, *,
              question: Tensor | None = None) -> Tensor:
-        no_weight(weight)
-        s, A = in_groups(required("question", question), response_mean(logp, mask), advantage)
+        check_shapes(logp, old_logp, advantage, mask)
+        question = required("question", question, len(logp))
+        s, A = in_groups(question, response_mean(logp, mask), advantage)
         # mean of the right minus mean of the wrong
         gap = (s * A).sum(1)
         if tau is not None:
@@ -186,10 +188,11 @@ def real(
 ) -> Recipe:
     "REAL. (2602.05630; as ms-swift's loss_type real.)"
     positive(tau=tau)
-    def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, weight: Tensor | None = None, *,
+    def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, *,
              question: Tensor | None = None) -> Tensor:
-        no_weight(weight)
-        u, A = in_groups(required("question", question), response_mean(logp - old_logp, mask), advantage)
+        check_shapes(logp, old_logp, advantage, mask)
+        question = required("question", question, len(logp))
+        u, A = in_groups(question, response_mean(logp - old_logp, mask), advantage)
         one = torch.zeros_like(u[:, :1])                                        # log(1 + Σ eˣ) = logsumexp(0, x)
         side = lambda x, of: torch.cat([one, x.where(of, -torch.inf)], 1).logsumexp(1)
         return (side(-u / tau, A > 0) + side(u / tau, A < 0)).where((A != 0).any(1), 0).mean()
@@ -204,10 +207,10 @@ def c2gspg(
     not_negative(beta=beta)
     def advantage(r: Rollouts, step: int) -> Tensor:
         return normalised(r, r.reward, False) / (1 - r.lpm.exp().where(r.valid, 0) + 1e-6)
-    def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, weight: Tensor | None = None, *,
+    def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, *,
              reward: Tensor | None = None) -> Tensor:
-        no_weight(weight)
-        reward, lpm, there = required("reward", reward), response_mean(logp, mask), mask.any(1)
+        check_shapes(logp, old_logp, advantage, mask)
+        reward, lpm, there = required("reward", reward, len(logp)), response_mean(logp, mask), mask.any(1)
         entropy = reward * lpm + (1 - reward) * (-lpm.exp().clamp(max=1 - 1e-6)).log1p()
         return -(lpm * advantage.detach() + beta * entropy).where(there, 0).mean()
     return Recipe("c2gspg", advantage, loss, needs={"reward": True}, settings=dict(beta=beta))
@@ -254,7 +257,10 @@ def staircase(
 ) -> Callable[[int], float]:
     "A weight that falls in stairs with the step, counted from 1."
     not_negative(start=start); share(factor=factor); at_least(1, every=every)
-    return lambda step: start * factor ** ((step - 1) // every)
+    def weight(step: int) -> float:
+        at_least(1, step=step)
+        return start * factor ** ((step - 1) // every)
+    return weight
 
 def cde(
     alpha: float = 1.,                             # of the bonus, a nat per token
@@ -266,7 +272,7 @@ def cde(
     positive(kappa=kappa); not_negative(alpha=alpha)
     def advantage(r: Rollouts, step: int) -> Tensor:
         reward = 2 * r.reward - 1 if signed else r.reward
-        bonus = torch.minimum(reward.abs() / kappa, -alpha * r.lpm.nan_to_num(0))
+        bonus = torch.minimum(reward.abs() / kappa, -alpha * r.lpm)
         return normalised(r, reward + omega(step) * bonus)
     return Recipe("cde", advantage, settings=dict(alpha=alpha, kappa=kappa, signed=signed, start=omega(1)))
 
@@ -282,8 +288,9 @@ def simko(
     share(gamma=gamma, quantile=quantile); at_least(1, top=top); not_negative(boost=boost); clip_range(eps)
     def loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, weight: Tensor | None = None, *,
              likeliest: Likeliest | None = None) -> Tensor:
+        check_shapes(logp, old_logp, advantage, mask, weight)
         A, ratio = advantage.detach()[:, None], policy_ratio(logp, old_logp, mask)
-        seen = required("likeliest", likeliest)
+        seen = required("likeliest", likeliest, len(logp))
         H = seen.entropy
         fork = H > H.where(mask.bool(), torch.nan).nanquantile(quantile, 1, keepdim=True)
         own = (seen.logp - seen.logp.detach()).exp().mean(-1)                    # 1, with the gradient of the likeliest
@@ -301,6 +308,8 @@ def pairwise(
     ref_high: float = math.inf, # noise mask; the default drops nothing
 ) -> Recipe:
     "Pairwise advantages of a surrogate, Ã/G over the group's standard deviation."
+    if isinstance(surrogate, type) or not isinstance(surrogate, Surrogate):
+        raise ValueError(f"surrogate must be one of capo.surrogate, such as hinge or logistic(.6); it is {surrogate}")
     keep, settings = trust(ref_low, ref_high), dict(surrogate=str(surrogate), ref_low=ref_low, ref_high=ref_high)
     def advantage(r: Rollouts, step: int) -> Tensor:
         return grpo_size(pairwise_advantage(r.lpm, r.reward, surrogate, r.valid), r.reward, r.valid, .5)
@@ -314,9 +323,9 @@ def method(
     name: str,      # of `METHODS`
     **given: Any,   # its parameters; what is not given keeps its default
 ) -> Recipe:
-    "A recipe by name. Raises `ValueError` for an unknown name or parameter, and for a value out of range."
+    "A recipe by name. Raises `ValueError` for an unknown name or parameter, and for a value of another type or range."
     if name not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}; it is {name}")
-    takes = list(inspect.signature(METHODS[name]).parameters)
+    takes = inspect.signature(METHODS[name]).parameters
     for other in given:
         if other not in takes: raise ValueError(f"{name} takes no {other}; it takes {', '.join(takes)}")
-    return METHODS[name](**given)
+    return METHODS[name](**{k: typed(k, x, takes[k].annotation) for k, x in given.items()})

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['notice', 'Settings', 'LOGS', 'Row', 'SYMPTOMS', 'PANELS', 'at_least', 'positive', 'not_negative', 'share', 'one_of',
-           'Broken', 'NonFiniteLoss', 'settings', 'read_settings', 'CSVLog', 'TensorBoardLog', 'wandb_log',
+           'Broken', 'NonFiniteLoss', 'settings', 'typed', 'read_settings', 'CSVLog', 'TensorBoardLog', 'wandb_log',
            'trackio_log', 'rewind', 'Logs', 'clock', 'Progress', 'symptoms', 'Watch', 'read_rows', 'plot_runs',
            'CheckpointFailed', 'sha256', 'damage', 'sealed', 'remove_whole', 'Checkpoints', 'set_aside', 'check_free',
-           'new_folder', 'same_run', 'fingerprint']
+           'new_folder', 'same_run', 'differences', 'fingerprint']
 
 # %% ../nbs/28_folder.ipynb #a1c0f003
-import base64, csv, difflib, hashlib, json, logging, math, os, secrets, shutil, sys, time, typing
+import base64, csv, difflib, hashlib, json, logging, math, os, secrets, shutil, sys, time, types, typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -67,23 +67,28 @@ def settings(
     values: Mapping[str, Any], # from a file or a command line
 ) -> Settings:
     "The dataclass with these values, each brought to its declared type. Raises `ValueError`, with the nearest name."
-    types = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
     for name in values:
-        if name in types: continue
-        near = difflib.get_close_matches(str(name), types, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(types)}"
+        if name in hints: continue
+        near = difflib.get_close_matches(str(name), hints, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
         raise ValueError(f"there is no setting {name}; {hint}")
-    return kind(**{name: _typed(name, x, types[name]) for name, x in values.items()})
+    return kind(**{name: typed(name, x, hints[name]) for name, x in values.items()})
 
-def _typed(name: str, x: Any, wanted: Any) -> Any:
-    "`x` as a value of the declared type; an int will do for a float, and a number in quotes for a number."
-    options = typing.get_args(wanted) or (wanted,)
+def typed(name: str, x: Any, wanted: Any) -> Any:
+    "`x` as a value of the declared type; an int will do for a float, '1' for a number, a list for a pair."
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if x is None and type(None) in options or type(x) in options: return x
-    for t in (t for t in options if t in (int, float)):
+    for t in options:
+        kind, inner = typing.get_origin(t), typing.get_args(t)
+        if kind is Callable and callable(x): return x
+        if kind is tuple and isinstance(x, (list, tuple)) and len(x) == len(inner):
+            return tuple(typed(name, *pair) for pair in zip(x, inner))
         try:
-            if not isinstance(x, bool) and float(x) == t(x): return t(x)
+            if t in (int, float) and not isinstance(x, bool) and float(x) == t(x): return t(x)
         except (TypeError, ValueError): pass
-    raise ValueError(f"{name} must be {' or '.join(t.__name__ for t in options if t is not type(None))}; it is {x!r}")
+    words = {type(None): "null"} | {t: "a function" for t in options if typing.get_origin(t) is Callable}
+    raise ValueError(f"{name} must be {' or '.join(words.get(t) or t.__name__ for t in options)}; it is {x!r}")
 
 # %% ../nbs/28_folder.ipynb #6b80c2d3
 def read_settings(
@@ -251,10 +256,11 @@ def plot_runs(
 ) -> list[Path]:
     "Curves of the runs over one another, as a PNG and an HTML file. `ValueError` for a folder without a log."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(2, 3, figsize=(12, 6))
-    for i, folder in enumerate(map(Path, folders)):
-        steps, evals = read_rows(folder / "log.csv"), read_rows(folder / "evals.csv")
+    logs = [(Path(f), read_rows(Path(f) / "log.csv"), read_rows(Path(f) / "evals.csv")) for f in folders]
+    for folder, steps, _ in logs:
         if not steps: raise ValueError(f"{folder} holds no run: its log.csv is not there or empty")
+    fig, axes = plt.subplots(2, 3, figsize=(12, 6))
+    for i, (folder, steps, evals) in enumerate(logs):
         for ax, (title, columns) in zip(axes.flat, PANELS.items()):
             ax.set_title(title, fontsize=10); ax.set_xlabel("step")
             for column, style in zip([c for c in columns if c in steps[0]] or columns, ("-", ":")):
@@ -400,10 +406,19 @@ def same_run(
     try: before = dict(json.loads(file.read_text())["run"])
     except (ValueError, KeyError, TypeError):
         raise FileExistsError(f"{folder} holds another run; name a new folder") from None
-    names = [k for k in {**before, **run} if before.get(k) != run.get(k)]
-    other = "; its ".join(f"{k} was {before.get(k)!r} and is {run.get(k)!r}" for k in names)
+    other = "; its ".join(differences(before, run))
     if other: raise ValueError(f"{folder} holds another run, its {other}; name a new folder")
     return folder
+
+def differences(
+    was: Mapping[str, Any], # a record
+    now: Mapping[str, Any], # a record
+) -> Iterator[str]:
+    "What differs, in words; of dictionaries inside, what differs in them."
+    for k in {**was, **now}:
+        a, b = was.get(k), now.get(k)
+        if isinstance(a, dict) and isinstance(b, dict): yield from differences(a, b)
+        elif a != b: yield f"{k} was {a!r} and is {b!r}"
 
 # %% ../nbs/28_folder.ipynb #be0aad0d
 def fingerprint(

@@ -134,10 +134,11 @@ def trainable_dtype(
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 def is_exact(
-    model: nn.Module, # the policy
+    model: nn.Module,                 # the policy
+    dtype: torch.dtype | None = None, # that it will be trained in; None: as it is
 ) -> bool:
     "Do sampling and scoring give the same log-probabilities? Not below float32, nor where kernels are chosen anew."
-    wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    wide = all((dtype or p.dtype) in (torch.float32, torch.float64) for p in model.parameters())
     attention = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
     return wide and not hasattr(model, "_orig_mod") and attention in ("sdpa", "eager")
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from .logprob import at_rest, mean_logp, perplexity, can_share, token_logps
+from .logprob import at_rest, mean_logp, perplexity, token_logps
 from .sampling import adapter_added, sample, splitmix, uniforms
 from .task import Problem
-from .tree import tree_logps
+from .tree import can_share, tree_logps
 
 # %% ../nbs/12_rollout.ipynb #5b3bd186
 @dataclass(frozen=True)
@@ -273,7 +273,9 @@ def grade(
     problems: Sequence[Problem],           # the problem of each question
     verify: Callable[[str, str], bool],    # text, reference answer → right or wrong
 ) -> Rollouts:
-    "The rollouts with `reward` 1 where `verify` says so and the response ended by itself, else 0."
+    """The rollouts with `reward` 1 where `verify` says so and the response ended by itself, else 0.
+
+    Raises `ValueError` if there are not as many problems as questions, or for a verdict that is no bool, 0 or 1."""
     if len(rollouts) != len(problems):
         raise ValueError(f"there are {len(rollouts)} questions and {len(problems)} problems")
     graded = [[_verdict(verify(t, p.answer)) for t in ts] for ts, p in zip(rollouts.text, problems)]

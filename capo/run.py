@@ -26,7 +26,7 @@ from .folder import (LOGS, Broken, Checkpoints, CSVLog, Logs, Progress, Watch, a
                          notice, one_of, read_settings, rewind, sealed, symptoms)
 from .keep import keeping
 from .policy import check_context, has_adapter, starting_model
-from .recipe import SIZES, Recipe
+from .recipe import SIZES, Recipe, check_needs
 from .responses import write_whole
 from .rollout import RANKS, HFSampler, Rollouts, VLLMSampler, rollout
 from .task import Problem
@@ -45,9 +45,11 @@ def recipe_of(
 ) -> Recipe:
     "The method that it names, with its parameters."
     named = {k: getattr(c, k) for k in ("tau", "across", "ref_low", "ref_high")}
+    named = {k: x for k, x in named.items() if x is not None}
     if c.method == "capo": named["scale"] = SIZES[c.scale]
-    typed = task.template_options(c.method_options)
-    return method(c.method, **{k: x for k, x in named.items() if x is not None} | typed)
+    options = task.template_options(c.method_options)
+    for k in named.keys() & options: raise ValueError(f"{k} is a setting of its own; leave it out of method_options")
+    return method(c.method, **named | options)
 
 def check_run(
     c: Any, # likewise
@@ -59,8 +61,7 @@ def check_run(
     if not 0 < c.vllm_memory < 1: raise ValueError(f"vllm_memory must lie between 0 and 1; it is {c.vllm_memory}")
     at_least(1, validation_size=c.validation_size, validation_samples=c.validation_samples, save_every=c.save_every)
     at_least(0, show_every=c.show_every, max_prompt_tokens=c.max_prompt_tokens)
-    if c.across and c.questions < 2: raise ValueError("across needs at least two questions in a batch")
-    recipe_of(c)                                                   # a method that cannot be made says so now
+    check_needs(recipe_of(c), c, apart=c.vllm or c.dtype == "bfloat16") # a method that cannot be made says so now
 
 
 # %% ../nbs/33_run.ipynb #adf8a43b
@@ -81,7 +82,7 @@ class RunConfig(DataOptions, TrainConfig):
     instruction: str = task.INSTRUCTION # goes after each question; empty: nothing
     chat_options: str = ""         # of the chat template, such as enable_thinking=false
     method: str = "capo"           # capo, grpo, dr_grpo, dapo, gspo, cispo, disco, real, c2gspg, codapo, cde, simko, …
-    method_options: str = ""       # further parameters of the method: longest=1024, eps=0.3
+    method_options: str = ""       # further parameters of the method: eps=[0.2,0.3], tau=null
     max_prompt_tokens: int = 0     # longer prompts are left out, and counted; 0: none are
     tau: float | None = None       # of CAPO's surrogate, nats per token, or of another method; by default its own
     across: float | None = None    # share of the pairs that is taken across questions, with capo and grpo; by default 0

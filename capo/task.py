@@ -344,12 +344,12 @@ def _with_adapter(folder: str, dtype: str, remote_code: bool) -> Any:
 
 # %% ../nbs/11_task.ipynb #4c838d66
 def template_options(
-    text: str, # "enable_thinking=false, budget=1024"
+    text: str, # "enable_thinking=false, budget=1024, pair=[1,2]"
 ) -> dict[str, Any]:
-    "Options of a chat template as they are typed. Raises `ValueError` for what is not NAME=VALUE."
-    pairs = [x.partition("=") for x in filter(None, map(str.strip, text.split(",")))]
+    "Options of a chat template, or of a method, as they are typed. Raises `ValueError` for what is not NAME=VALUE."
+    pairs = [x.partition("=") for x in filter(None, map(str.strip, re.findall(r"(?:\[[^]]*\]|[^,])+", text)))]
     wrong = next((name for name, equals, _ in pairs if not equals or not name.strip().isidentifier()), None)
-    if wrong is not None: raise ValueError(f"chat options are NAME=VALUE, such as enable_thinking=false; not {wrong!r}")
+    if wrong is not None: raise ValueError(f"options are NAME=VALUE, such as on=false or eps=[0.2,0.3]; not {wrong!r}")
     def value(x: str) -> Any:
         try: return json.loads(x.lower() if x.lower() in ("true", "false") else x)
         except ValueError: return x

@@ -24,7 +24,7 @@ from .folder import NonFiniteLoss, at_least, not_negative, notice, one_of, posit
 from .grpo import clip_fraction, kl_penalty, policy_ratio
 from .policy import (ADAPTERS, DTYPES, budget_for, check_context, flushing, free_memory, has_adapter, is_exact,
                          recomputing, reference_logps, starting_model, trainable_dtype, with_lora)
-from .recipe import Recipe, capo, filled, supplied
+from .recipe import Recipe, capo, check_needs, filled, supplied
 from .rollout import HFSampler, Rollouts, Sampler, corrected, mismatch, parts, rollout, score, taught_logps
 from .task import Problem
 
@@ -101,7 +101,7 @@ def learning_rate(
     step: int,           # counted from 1
     config: TrainConfig, # lr, schedule, warmup, steps
 ) -> float:
-    "Of all updates of a step."
+    "The learning rate of all updates of a step."
     if step <= config.warmup: return config.lr * step / config.warmup
     return config.lr * SCHEDULES[config.schedule]((step - config.warmup - 1) / (config.steps - config.warmup))
 
@@ -377,10 +377,10 @@ def train(
     keeper: Keeper | None = None,                                # where to begin, and what to save; None: nothing
 ) -> TrainResult:
     "Trains a policy by a recipe. Raises `ValueError`, `NonFiniteLoss`. (Paper, objective; 2402.03300.)"
-    check_start(problems, recipe := recipe or capo(), config)
+    longest = check_start(model, tokenizer, problems, recipe := recipe or capo(), sampler, config)
     verify = Guarded(verify, config.verify_seconds)
     policy = prepare(model, config)
-    config = fitted(config, policy, tokenizer, problems)
+    config = fitted(config, policy, recipe, longest)
     sampler = sampler or sampler_of(policy, tokenizer, config)
     reference = reference_logps(policy, config.token_budget) if recipe.keep or config.kl else None
     learner, result = Learner(policy, config), TrainResult(policy)
@@ -415,23 +415,29 @@ def check_alone() -> None:
     if n == 1: return
     raise ValueError(f"capo.train is one process, WORLD_SIZE is {n}: for several processes use capo.trl or capo.verl")
 
-def check_start(problems: Sequence[Problem], recipe: Recipe, config: TrainConfig) -> None:
-    "Raises `ValueError` for what `TrainConfig` cannot know."
+def check_start(
+    model: Any, tokenizer: Any, problems: Sequence[Problem], recipe: Recipe, sampler: Any, config: TrainConfig
+) -> int:
+    "Tokens of the longest prompt. Raises `ValueError` for what `TrainConfig` cannot know; the model is as it was."
     check_alone()
     if not len(problems): raise ValueError("problems is empty: there is nothing to train on")
-    if config.questions < 2 and recipe.settings.get("across"): raise ValueError("across needs at least two questions")
+    longest = check_context(model, tokenizer, [p.prompt for p in problems], config.max_new_tokens)
+    exact = is_exact(model, DTYPES[config.dtype] or trainable_dtype(model))
+    apart, vocabulary = getattr(sampler, "external", False) or not exact, model.config.get_text_config().vocab_size
+    check_needs(recipe, config, apart, longest, vocabulary)
+    return longest
 
 def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     "Column by column."
     return {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
 
-def fitted(config: TrainConfig, policy: Any, tokenizer: Any, problems: Sequence[Problem]) -> TrainConfig:
-    "With a token budget, if none is set and memory asks for one. Raises `ValueError` if a prompt is too long."
-    longest = check_context(policy, tokenizer, [p.prompt for p in problems], config.max_new_tokens)
+def fitted(config: TrainConfig, policy: Any, recipe: Recipe, longest: int) -> TrainConfig:
+    "With a token budget, if none is set and memory asks for one; what a recipe needs together stays together."
     if config.token_budget: return config
-    rows, at = -(-config.questions // config.updates) * config.group_size, next(policy.parameters()).device
+    group, at = config.group_size * (longest + config.max_new_tokens), next(policy.parameters()).device
     free = free_memory(at)
-    budget = budget_for(policy, rows * (longest + config.max_new_tokens), config.recompute, free)
+    budget = budget_for(policy, -(-config.questions // config.updates) * group, config.recompute, free)
+    if budget and "question" in recipe.needs: budget = max(budget, group)
     if budget: notice(f"capo: token_budget is {budget}, by the {free / 2**30:.1f} GiB that are free")
     return replace(config, token_budget=budget)
 

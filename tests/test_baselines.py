@@ -10,12 +10,13 @@ from capo.advantage import pairwise_loss
 from capo.baselines import (METHODS, by_class, method, mixed, over_length, over_responses, over_tokens, pairwise,
                             question_weight, sequence_ratio, staircase, worthwhile)
 from capo.grpo import grpo_advantage
-from capo.recipe import Likeliest, capo, grpo, grpo_size, refilled, supplied
+from capo.recipe import Likeliest, capo, grpo, grpo_size, refilled, supplied, takes
 from capo.rollout import HFSampler, rollout
+from capo.run import RunConfig
 from capo.surrogate import exponential, hinge, linear, logistic, squared_hinge
 from capo.task import arithmetic, base_model, verify
-from capo.train import Learner, TrainConfig, accumulate, train
-from helpers import refuses, rollouts
+from capo.train import Learner, TrainConfig, accumulate, fitted, train
+from helpers import lib, refuses, rollouts
 
 UNMASKED = {"capo": dict(ref_low=1, ref_high=math.inf)}
 every = pytest.mark.parametrize("name", METHODS)
@@ -149,6 +150,7 @@ def test_rewards_of_rank_weight_and_bonus():
     bonus = torch.tensor([[.2, 1 / 3, .3, 1 / 3]])
     assert torch.allclose(made("cde").advantage(r, 150), grpo_advantage(2 * r.reward - 1 + .5 * bonus), atol=1e-4)
     assert [staircase()(step) for step in (1, 100, 101, 201)] == [1, 1, .5, .25]
+    assert [staircase(3, .1, 2)(step) for step in (1, 2, 3)] == pytest.approx([3, 3, .3])
     assert by_class(r).tolist() == [[.5, .5, -.5, -.5]]
 
 
@@ -223,24 +225,39 @@ def test_pairs_across_questions(share, seed):
 
 
 @given(st.integers(0, 99), st.floats(.5, 5))
-def test_cispo_and_simko_written_out(seed, cap):
+def test_cispo_written_out(seed, cap):
     r, logp, old, mask = batch(seed)
     x, A, n = logp.requires_grad_(), made("cispo").advantage(r, 1).flatten().double(), mask.sum()
     rho = (logp - old).detach().exp()
     grad, = torch.autograd.grad(made("cispo", cap=cap).loss(x, old, A, mask), x)
     assert torch.allclose(-grad * n, rho.clamp(max=cap) * A[:, None] * mask)
-    recipe = made("simko")
-    more = more_for(recipe, r, mask)
-    grad, = torch.autograd.grad(recipe.loss(x, old, A, mask, **more), x)
-    H, first = more["likeliest"].entropy, more["likeliest"].first
-    for i, row in enumerate(mask.bool()):
-        fork = H[i] > H[i, row].quantile(.8)
-        for t in row.nonzero()[:, 0].tolist():
-            boosted = A[i] * (1.1 if fork[t] and A[i] < 0 and first[i, t] else 1)
-            kept = 0 if (rho[i, t] > 1.2 and A[i] > 0) or (rho[i, t] < .8 and A[i] < 0) else 1
-            share = .01 if fork[t] and A[i] > 0 else 0
-            want = kept * boosted * rho[i, t] * (1 - share)
-            assert -grad[i, t] * n == pytest.approx(want.item(), abs=1e-6)
+
+
+@given(st.integers(0, 99), st.floats(0, 1), st.sampled_from([0., .4, .8, 1.]), st.floats(0, 3), st.floats(.05, .9))
+def test_simko_written_out(seed, gamma, quantile, boost, eps):
+    "Its value, and its slopes in the token that was sampled and in the three likeliest."
+    r, logp, old, mask = batch(seed)
+    recipe = made("simko", gamma=gamma, quantile=quantile, boost=boost, eps=eps)
+    A, seen, n = recipe.advantage(r, 1).flatten().double(), more_for(recipe, r, mask)["likeliest"], mask.sum().item()
+    x, top, total = logp.requires_grad_(), seen.logp.requires_grad_(), 0.
+    loss = recipe.loss(x, old, A, mask, likeliest=replace(seen, logp=top))
+    own, likely = torch.autograd.grad(loss, (x, top))
+    for i, t in mask.nonzero().tolist():
+        fork = bool(seen.entropy[i, t] > seen.entropy[i, mask[i].bool()].quantile(quantile))
+        a, rho = A[i].item(), math.exp((logp - old)[i, t].item())
+        if fork and a < 0 and seen.first[i, t]: a *= boost
+        lent = gamma if fork and a > 0 else 0
+        live = not (rho > 1 + eps and a > 0 or rho < 1 - eps and a < 0)
+        total += min(rho * a, max(1 - eps, min(1 + eps, rho)) * a)
+        assert -own[i, t].item() * n == pytest.approx(live * a * rho * (1 - lent), abs=1e-6)
+        assert (-likely[i, t] * n).tolist() == pytest.approx([live * a * rho * lent / 3] * 3, abs=1e-6)
+    assert loss.item() == pytest.approx(-total / n, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gspo", "cispo", "simko"])
+def test_what_differs_in_the_loss_has_grpos_advantage(name):
+    r = batch(5)[0]
+    assert made(name).advantage(r, 1).equal(grpo().advantage(r, 1))
 
 
 @given(st.permutations(range(5)))
@@ -418,12 +435,115 @@ def test_a_weight_multiplies_each_token_and_others_refuse_it(name):
     assert torch.allclose(slope(weight=weight), weight * slope(), atol=1e-7)
 
 
+class Elsewhere:
+    "Another engine; nobody may ask it."
+    external = True
+    def __call__(self, prompts, n, seed): raise AssertionError("asked")
+
+
 @pytest.mark.parametrize("name", ["disco", "real", "c2gspg"])
-def test_losses_of_whole_responses_refuse_a_weight(name):
+def test_what_takes_no_weights_is_refused_before_anything_is_sampled(name):
+    "Where another engine samples, or half precision; the model is as it was, and without weights both will do."
+    (model, tokenizer), brief = base_model(), dict(steps=1, questions=2, updates=1, group_size=4, max_new_tokens=12)
+    go = lambda sampler=None, **k: train(model, tokenizer, arithmetic(4), made(name), sampler,
+                                         config=TrainConfig(**brief, **k))
+    refuses(lambda: go(Elsewhere(), lora_rank=2), f"{name} takes no importance weights")
+    refuses(lambda: go(dtype="bfloat16", lora_rank=2), "set importance_cap to 0")
+    assert not any("lora" in k or p.dtype != torch.float32 for k, p in model.named_parameters())
+    with pytest.raises(AssertionError, match="asked"): go(Elsewhere(), importance_cap=0.)
+    assert len(go(dtype="bfloat16", importance_cap=0.).rows) == 1
+    for how in (dict(vllm=True), dict(dtype="bfloat16")):
+        refuses(lambda: RunConfig(model="tiny", data="arithmetic", method=name, **how), "set importance_cap to 0")
+        RunConfig(model="tiny", data="arithmetic", method=name, importance_cap=0., **how)
+
+
+@every
+def test_every_other_method_takes_weights(name):
+    assert takes(made(name).loss, "weight") == (name not in ("disco", "real", "c2gspg"))
+
+
+def test_a_loss_of_ones_own_says_by_its_signature_whether_it_takes_weights():
+    without, anything = lambda logp, old, A, mask: logp.sum(), lambda logp, old, A, mask, **more: logp.sum()
+    assert not takes(without, "weight") and takes(anything, "weight")
+    model, tokenizer = base_model()
+    refuses(lambda: train(model, tokenizer, arithmetic(64), replace(made("grpo"), name="mine", loss=without),
+                          Elsewhere()), "mine takes no importance weights")
+    refuses(lambda: replace(made("grpo"), needs={"entropy": 1}), "needs must be one of question")
+
+
+def test_what_a_run_cannot_give_is_refused_before_anything_is_sampled():
+    "Too small a part for a group that stays together; more likely tokens than the model has."
+    (model, tokenizer), asked = base_model(), arithmetic(4)
+    longest = max(len(tokenizer(p.prompt).input_ids) for p in asked)
+    go = lambda recipe, **k: train(model, tokenizer, asked, recipe, Elsewhere(), config=TrainConfig(
+        steps=1, questions=2, group_size=4, max_new_tokens=12, importance_cap=0., **k))
+    for name in ("disco", "real"):
+        least = 4 * (longest + 12)
+        refuses(lambda: go(made(name), token_budget=least - 1), f"at least {least}; it is {least - 1}")
+        with pytest.raises(AssertionError, match="asked"): go(made(name), token_budget=least)
+    words = model.config.vocab_size
+    refuses(lambda: go(made("simko", top=words + 1)), f"simko looks at {words + 1} likeliest tokens")
+    with pytest.raises(AssertionError, match="asked"): go(made("simko", top=words))
+
+
+def test_memory_does_not_part_what_stays_together(monkeypatch):
+    "A token budget that is chosen from free memory holds a group, where the loss compares its responses."
+    monkeypatch.setattr("capo.train.budget_for", lambda *_: 20)
+    model, config = base_model()[0], TrainConfig(questions=6, group_size=4, max_new_tokens=12)
+    assert [fitted(config, model, made(name), 5).token_budget for name in ("grpo", "real", "disco")] == [20, 68, 68]
+
+
+@pytest.mark.parametrize("name", ["dr_grpo", "dapo", "gspo", "cispo", "disco", "real", "c2gspg", "simko"])
+def test_tensors_that_do_not_fit_together_are_refused(name):
+    "The other methods have `clipped_loss`, which `test_bad_input` tries."
     r, logp, old, mask = batch(2)
     recipe = made(name)
-    A, more = recipe.advantage(r, 1).flatten(), more_for(recipe, r, mask)
-    refuses(lambda: recipe.loss(logp, old, A, mask, mask, **more), "importance_cap")
+    A, more = recipe.advantage(r, 1), more_for(recipe, r, mask)
+    refuses(lambda: recipe.loss(logp, old, A, mask, **more), "advantage (18,)")
+    refuses(lambda: recipe.loss(logp, old[:1], A.flatten(), mask, **more), "must be (18, 4) like logp")
+    refuses(lambda: recipe.loss(logp[0], old[0], A[0], mask[0], **more), "logp must be (N, T)")
+    if takes(recipe.loss, "weight"):
+        refuses(lambda: recipe.loss(logp, old, A.flatten(), mask, weight=logp[:1], **more), "weight must be (18, 4)")
+    short = {k: x[:6] if k != "likeliest" else replace(x, logp=x.logp[:6], entropy=x.entropy[:6], first=x.first[:6])
+             for k, x in more.items()}
+    for k in more: refuses(lambda: recipe.loss(logp, old, A.flatten(), mask, **short), f"{k} must have an entry")
+
+
+@pytest.mark.parametrize("question", [[0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 1, 0]], ids=str)
+@pytest.mark.parametrize("name", ["disco", "real"])
+def test_questions_that_are_mixed_up_are_refused(name, question):
+    x, A, mask = -torch.rand(4, 2), torch.tensor([.5, -.5, .5, -.5]), torch.ones(4, 2)
+    refuses(lambda: made(name).loss(x, x, A, mask, question=torch.tensor(question)), "question must number whole")
+
+
+OF_ANOTHER_TYPE = [("dapo", dict(eps=[1, 2, 3])), ("dapo", dict(refill="no")), ("dapo", dict(buffer=8.5)),
+                   ("gspo", dict(eps="wide")), ("cispo", dict(cap="x")), ("disco", dict(tau="None")),
+                   ("cde", dict(omega=.5)), ("cde", dict(signed=0)), ("simko", dict(top=True)),
+                   ("capo", dict(scale="grpo")),
+                   ("grpo", dict(scale="grpo")), ("codapo", dict(again="often")), ("unlikeliness", dict(beta=None))]
+
+
+@pytest.mark.parametrize("name, bad", OF_ANOTHER_TYPE, ids=str)
+def test_a_parameter_of_another_type_is_refused_when_the_recipe_is_made(name, bad):
+    refuses(lambda: method(name, **bad), f"{next(iter(bad))} must be")
+
+
+def test_parameters_as_they_are_typed():
+    run = lambda name, typed, **k: RunConfig(model="tiny", data="arithmetic", method=name, method_options=typed, **k)
+    made = lambda *a, **k: run(*a, **k).recipe().settings
+    assert made("dapo", "eps=[0.1, 0.3], dual=null, refill=false")["eps"] == (.1, .3)
+    assert made("gspo", "eps=0.1")["eps"] == .1 and made("cispo", "cap=inf")["cap"] == math.inf
+    assert made("disco", "tau=null")["tau"] is None and made("disco", "", tau=3.)["tau"] == 3
+    assert made("simko", 'top="5"')["top"] == 5 and made("grpo", "scale=false")["scale"] is False
+    refuses(lambda: run("disco", "tau=3", tau=3.), "tau is a setting of its own")
+    refuses(lambda: run("capo", "scale=grpo"), "scale is a setting of its own")
+    refuses(lambda: run("real", "across=.5"), "real takes no across; it takes tau")
+
+
+def test_what_is_no_surrogate_no_size_no_step_is_refused():
+    for bad in ("hinge", logistic, None): refuses(lambda: lib.baselines.pairwise(bad), "surrogate must be one of capo.")
+    refuses(lambda: lib.recipe.capo(scale="grpo"), "scale must be a function")
+    refuses(lambda: made("cde").advantage(batch(0)[0], 0), "step must be at least 1; it is 0")
 
 
 @every
@@ -496,6 +616,16 @@ def test_any_surrogate_takes_the_mask():
     r = rollouts(lpm, right, ref_ppl=torch.tensor([[9., 2., 1.5, 2.5]]))
     plain, both = pairwise(hinge).advantage(r, 1), pairwise(hinge, 2., 3.).advantage(r, 1)
     assert both.equal(plain * torch.tensor([[0, 1, 0, 1]])) and pairwise(hinge, 2., 3.).keep is not None
+    assert pairwise(logistic(.5), 2.).settings == dict(surrogate="logistic(tau=0.5)", ref_low=2., ref_high=math.inf)
+
+
+@pytest.mark.parametrize("surrogate", [squared_hinge, logistic(.7)], ids=str)
+def test_an_empty_response_is_in_no_pair(surrogate):
+    lpm, right = -torch.tensor([[.2, .5, .9, .1, .7]]), torch.tensor([[1, 0, 1, 1, 0]]).bool()
+    valid = torch.tensor([[1, 1, 1, 0, 1]]).bool()
+    A, fewer = (pairwise(surrogate).advantage(r, 1) for r in (
+        rollouts(lpm, right, valid), rollouts(lpm[valid][None], right[valid][None])))
+    assert A[0, 3] == 0 and torch.allclose(A[valid], fewer[0], atol=1e-5)
 
 
 def test_means_of_one_token_and_of_none():
