@@ -7,7 +7,7 @@ __all__ = ['notice', 'Settings', 'LOGS', 'Row', 'SYMPTOMS', 'PANELS', 'at_least'
            'Broken', 'NonFiniteLoss', 'settings', 'typed', 'read_settings', 'CSVLog', 'TensorBoardLog', 'wandb_log',
            'trackio_log', 'rewind', 'Logs', 'clock', 'Progress', 'symptoms', 'Watch', 'read_rows', 'plot_runs',
            'CheckpointFailed', 'sha256', 'damage', 'sealed', 'remove_whole', 'Checkpoints', 'set_aside', 'check_free',
-           'new_folder', 'same_run', 'fingerprint']
+           'new_folder', 'same_run', 'differences', 'fingerprint']
 
 # %% ../nbs/28_folder.ipynb #a1c0f003
 import base64, csv, difflib, hashlib, json, logging, math, os, secrets, shutil, sys, time, types, typing
@@ -256,10 +256,11 @@ def plot_runs(
 ) -> list[Path]:
     "Curves of the runs over one another, as a PNG and an HTML file. `ValueError` for a folder without a log."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(2, 3, figsize=(12, 6))
-    for i, folder in enumerate(map(Path, folders)):
-        steps, evals = read_rows(folder / "log.csv"), read_rows(folder / "evals.csv")
+    logs = [(Path(f), read_rows(Path(f) / "log.csv"), read_rows(Path(f) / "evals.csv")) for f in folders]
+    for folder, steps, _ in logs:
         if not steps: raise ValueError(f"{folder} holds no run: its log.csv is not there or empty")
+    fig, axes = plt.subplots(2, 3, figsize=(12, 6))
+    for i, (folder, steps, evals) in enumerate(logs):
         for ax, (title, columns) in zip(axes.flat, PANELS.items()):
             ax.set_title(title, fontsize=10); ax.set_xlabel("step")
             for column, style in zip([c for c in columns if c in steps[0]] or columns, ("-", ":")):
@@ -405,10 +406,19 @@ def same_run(
     try: before = dict(json.loads(file.read_text())["run"])
     except (ValueError, KeyError, TypeError):
         raise FileExistsError(f"{folder} holds another run; name a new folder") from None
-    names = [k for k in {**before, **run} if before.get(k) != run.get(k)]
-    other = "; its ".join(f"{k} was {before.get(k)!r} and is {run.get(k)!r}" for k in names)
+    other = "; its ".join(differences(before, run))
     if other: raise ValueError(f"{folder} holds another run, its {other}; name a new folder")
     return folder
+
+def differences(
+    was: Mapping[str, Any], # a record
+    now: Mapping[str, Any], # a record
+) -> Iterator[str]:
+    "What differs, in words; of dictionaries inside, what differs in them."
+    for k in {**was, **now}:
+        a, b = was.get(k), now.get(k)
+        if isinstance(a, dict) and isinstance(b, dict): yield from differences(a, b)
+        elif a != b: yield f"{k} was {a!r} and is {b!r}"
 
 # %% ../nbs/28_folder.ipynb #be0aad0d
 def fingerprint(

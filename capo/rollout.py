@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from .logprob import at_rest, mean_logp, perplexity, can_share, token_logps
+from .logprob import at_rest, mean_logp, perplexity, token_logps
 from .sampling import adapter_added, sample, splitmix, uniforms
 from .task import Problem
-from .tree import tree_logps
+from .tree import can_share, tree_logps
 
 # %% ../nbs/12_rollout.ipynb #5b3bd186
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .logprob import Branches, _attend, _lm, _positions, _read, _reading, anatomy, gather_logps, can_share, stems
+from .logprob import _lm, _positions, anatomy, gather_logps
+from .tree import Branches, _attend, _read, _reading, can_share, distinct, stemmed
 
 # %% ../nbs/09_sampling.ipynb #5a3e5284
 def splitmix(
@@ -108,17 +109,14 @@ class _Room:
     "Prompts and what follows them as keys and values that we keep; a reader, as `Branches` is one."
     def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, rows: int, tokens: int):
         found: Any = anatomy(model)
-        self.found = found
-        self.lm, row = _lm(model), Branches(prompt_ids.device)
+        self.found, self.lm = found, _lm(model)
         self.most = rows, tokens                                              # there will not be more
-        number: dict[tuple[int, ...], int] = {}                               # the same prompt twice is one prompt
-        asked = [tuple(ids[-n:]) for n, ids in zip(prompt_mask.sum(-1).tolist(), prompt_ids.tolist())]
+        row, lengths = Branches(prompt_ids.device), prompt_mask.sum(-1).tolist()
+        prompts, which = distinct(ids[-n:] for n, ids in zip(lengths, prompt_ids.tolist()))
+        asked, row.memory = row.grow(*stemmed(row, prompts)), []
         tensor = lambda x: torch.tensor(x, device=row.device)
-        self.of, row.memory = tensor([number.setdefault(x, len(number)) for x in asked]), []
-        stem = stems(row, list(number))
-        last = tensor([start + n - 1 for start, n in zip(stem.starts, stem.lengths)])
-        self.logits = found.logits(_read(found, self.lm, row)[last])
-        self.pairs, self.seen, self.position = row.memory, stem.seen, tensor(stem.ends) - 1
+        self.of, self.logits = tensor(which), found.logits(_read(model, row)[tensor(asked.last)])
+        self.pairs, self.seen, self.position = row.memory, asked.seen, tensor(asked.ends) - 1
         self.top, self.used = self.seen.shape                                 # places and columns that are taken
         self.start = self.used                                                # where the drawn tokens begin
         self.places = torch.arange(self.top, device=row.device)

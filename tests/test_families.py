@@ -5,10 +5,10 @@ import pytest
 import torch
 import transformers as hf
 
-from capo.logprob import can_share
 from capo.policy import with_lora
 from capo.rollout import HFSampler, plain_rollout_logps, rollout_logps
 from capo.task import load_model, load_tokenizer
+from capo.tree import can_share
 from helpers import run, small, tokenizer
 
 IDS = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)

@@ -11,13 +11,13 @@ import torch
 
 from capo import cli
 from capo.grpo import clipped_loss, kl_penalty
-from capo.logprob import can_share
 from capo.recipe import Recipe, capo, grpo, grpo_size, together
 from capo.folder import LOGS, Checkpoints, Logs, TensorBoardLog, settings
 from capo.rollout import HFSampler, cut_by_tokens, parts, rollout, rollout_logps, score
 from capo.keep import keeping
 from capo.run import RunConfig, run as run_folder
 from capo.train import Learner, TrainConfig, accumulate, batches, learning_rate, prepare, train
+from capo.tree import can_share
 from helpers import has_a_seven, model, problems, run, small, tokenizer, weights
 
 

@@ -9,11 +9,11 @@ import transformers as hf
 from hypothesis import given, strategies as st
 
 import capo.sampling
-from capo.logprob import can_share
 from capo.rollout import (HFSampler, Rollouts, VLLMSampler, corrected, cut_by_tokens, grade, mismatch,
                           plain_rollout_logps, rollout, rollout_logps, score)
 from capo.sampling import draw, adapter_added, splitmix, uniforms
 from capo.task import Problem, arithmetic_tokenizer
+from capo.tree import can_share
 from helpers import V, each_model, model_of
 
 tokenizer, EOS, PAD = arithmetic_tokenizer(), 1, 0

@@ -18,7 +18,7 @@ import torch
 from capo.advantage import pairwise_advantage
 from capo.baselines import (
     c2gspg, cde, cispo, codapo, dapo, disco, dr_grpo, gspo, pairwise, real, simko, staircase, unlikeliness)
-from capo.compare import Job, described, made_with, make_base, processes, run_job
+from capo.compare import Job, commit, described, made_with, make_base, processes, run_job
 from capo.evaluate import assess, evaluate
 from capo.folder import same_run
 from capo.grpo import clipped_loss
@@ -197,7 +197,8 @@ def tables(folder, jobs, map=map):
     write(DATA / "evals.csv", (where(job) | e for job in done for e in read(job)))
     about = json.loads((folder / "config.json").read_text())
     arms = {f"{w['set']}/{w['arm']}": described(job.make) for job in done for w in [where(job)]}
-    text = json.dumps(about["made_with"] | {"search": asdict(SEARCH), "runs": asdict(RUNS), "arms": arms}, indent=1)
+    made = about["made_with"] | {"tables_by": commit()}      # the rule of the search may be younger than its runs
+    text = json.dumps(made | {"search": asdict(SEARCH), "runs": asdict(RUNS), "arms": arms}, indent=1)
     (DATA / "config.json").write_text(text + "\n")
     print(f"{len(done)} of {len(jobs)} runs are done; the tables are in {DATA}")
 
