@@ -379,6 +379,7 @@ def add_evaluate(commands: Any) -> None:
     e.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_fields(e.add_argument_group("how the data is read"), DataOptions)
 
+# %% ../nbs/60_cli.ipynb #5b6190a1
 def add_log_options(p: argparse.ArgumentParser) -> None:
     "What it takes to read somebody's log."
     p.add_argument("--format", help=f"of the logs: {', '.join(f.name for f in LOG_FORMATS)}; by default recognised")
@@ -386,7 +387,6 @@ def add_log_options(p: argparse.ArgumentParser) -> None:
                    help="which column is which field, such as correct=acc; confidence may be named several times")
     p.add_argument("--skip-bad", action="store_true", help="accept that lines which cannot be used are not counted")
 
-# %% ../nbs/60_cli.ipynb #5b6190a1
 def add_report(commands: Any) -> None:
     "The options of `capo report`."
     what = "say how far to trust the model behind a log, or compare several on the same questions"

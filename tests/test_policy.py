@@ -173,9 +173,9 @@ def test_a_model_whose_cache_is_missing_or_cannot_move_its_rows_is_refused():
     mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4))
     size = dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
     minimax = hf.MiniMaxForCausalLM(hf.MiniMaxConfig(**size, num_key_value_heads=1, head_dim=8, num_local_experts=2))
-    for model in (mamba, minimax):
+    for refused in (mamba, minimax):
         with pytest.raises(ValueError, match="has no key–value cache whose rows can move"):
-            HFSampler(model.eval(), tokenizer, 4)(asked, 2)
+            HFSampler(refused.eval(), tokenizer, 4)(asked, 2)
 
 
 def opt():
