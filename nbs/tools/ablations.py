@@ -77,7 +77,7 @@ def mean_of_pairs(A, reward, valid, tau, groups=1):
 def sum_of_pairs(A, reward, valid, tau, groups=1): return tau * A / groups
 
 
-# What is searched: a method's own main parameter, its source's value in the middle
+# What is searched: a method's own main parameter, its source's value or ours among the three
 
 GRID: dict[str, tuple[Callable[..., Recipe], tuple]] = {
     "grpo": (clipped_grpo, (.1, .2, .4)), "grpo-mask": (masked_grpo, (2., 2.1, 2.2)),
