@@ -28,7 +28,7 @@ from smollm2_sums import BUDGET, CACHE, DATA, HELD_OUT, QUESTIONS, TASKS, load, 
 
 ARMS = "grpo", "capo", "capo-across", "grpo-mask", "grpo-across"       # in the order in which they are run
 PUBLISHED = "grpo", "capo"
-UNREPORTED, RATES = 101, (5e-5, 1e-4, 2e-4, 4e-4)                             # seed of the settings; rates to choose from
+UNREPORTED, RATES = 101, (5e-5, 1e-4, 2e-4, 4e-4)     # seed of the settings; rates to choose from
 CONFIG = TrainConfig(steps=100, questions=16, group_size=8, updates=1, max_new_tokens=BUDGET, sample_tokens=CACHE,
                      token_budget=2**12, eval_every=25, save_every=1, keep=1, lora_rank=16)
 
