@@ -160,8 +160,10 @@ def runs(folder, bases):
     yield from plain(TAUS | MASKS | SURROGATES | SIZES)
     for arm, (make, G) in GROUPS.items():
         yield from at(arm, make, calibrated, replace(RUNS, group_size=G, questions=512 // G), "plain")
-    for name, (_, job) in chosen(folder).items():      # the rate of the others, where it was searched
-        if job.config.lr != RUNS.lr: yield from at(f"{name}-at-{RUNS.lr:g}", job.make, calibrated, RUNS, "plain")
+    for name, (_, job) in chosen(folder).items():    # the other rate of those with the lower one, GRPO, CAPO
+        lr = RUNS.lr if job.config.lr < RUNS.lr else RATES[0]
+        if lr == RUNS.lr or name in ("grpo", "capo"):
+            yield from at(f"{name}-at-{lr:g}", job.make, calibrated, replace(RUNS, lr=lr), "plain")
 
 
 def finished(job):
