@@ -138,9 +138,9 @@ def searched(folder):
 
 def chosen(folder):
     "Each method's setting, its row and job: the rate of its most accurate run, and there the surest answer most right."
-    best = {}
+    best, every = {}, list(searched(folder))
     for name in GRID:
-        mine = [(row, job) for row, job in searched(folder) if row["method"] == name]
+        mine = [(row, job) for row, job in every if row["method"] == name]
         if not mine: continue
         rate = max(mine, key=lambda x: x[0]["accuracy"])[0]["lr"]
         best[name] = max((x for x in mine if x[0]["lr"] == rate), key=lambda x: x[0]["most_confident"])
@@ -152,7 +152,8 @@ def runs(folder, bases):
     at = lambda arm, make, base, config, where: [
         Job(arm, make, base(s), str(folder / where / f"{arm}-{s}"), replace(config, seed=s), 256) for s in SEEDS]
     calibrated, other = (lambda s: str(bases / f"base-{s}")), (lambda s: str(folder / "systematic" / f"base-{s}"))
-    for name, (_, job) in chosen(folder).items():
+    best = chosen(folder)
+    for name, (_, job) in best.items():
         yield from at(name, job.make, calibrated, replace(RUNS, lr=job.config.lr), "tuned")
     plain = lambda arms: [j for arm, make in arms.items() for j in at(arm, make, calibrated, RUNS, "plain")]
     yield from plain(ACROSS)
@@ -160,7 +161,7 @@ def runs(folder, bases):
     yield from plain(TAUS | MASKS | SURROGATES | SIZES)
     for arm, (make, G) in GROUPS.items():
         yield from at(arm, make, calibrated, replace(RUNS, group_size=G, questions=512 // G), "plain")
-    for name, (_, job) in chosen(folder).items():    # the other rate of those with the lower one, GRPO, CAPO
+    for name, (_, job) in best.items():    # the other rate of those with the lower one, GRPO, CAPO
         lr = RUNS.lr if job.config.lr < RUNS.lr else RATES[0]
         if lr == RUNS.lr or name in ("grpo", "capo"):
             yield from at(f"{name}-at-{lr:g}", job.make, calibrated, replace(RUNS, lr=lr), "plain")
