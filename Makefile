@@ -27,7 +27,7 @@ test-trl: $(TRL_VENV)/.ready # another version of TRL, in an environment of its 
 	$(TRL_VENV)/bin/python -m pytest tests/test_trl.py
 
 bench: $(READY)      # how long things take and what they hold, a table a script, a quarter of an hour on one core
-	for script in step logps growth imports auc; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in step share logps growth imports auc; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 lint: $(READY)       # unused and undefined names, wide lines
 	$(BIN)/ruff check .

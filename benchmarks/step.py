@@ -3,8 +3,10 @@
 The same model, problems, batch and group in this package's loop and, where TRL is installed, in TRL's `GRPOTrainer`: by
 default the small model that ships with the package and 64 questions of 8 responses; with --model a folder with a
 pretrained one (nbs/tools/smollm2.py makes it), LoRA of rank 16 and 8 x 8. The arms take turns. The table shows seconds
-of processor time of a step on one thread, the median over all rounds without the first step of each."""
+of processor time of a step on one thread, the median over all rounds without the first step of each; and with a single
+arm what the process held at most."""
 import argparse
+import resource
 import statistics
 import tempfile
 import time
@@ -97,3 +99,5 @@ if __name__ == "__main__":
                 if arm == "capo": seconds[arm] += of_capo(load, a.steps, updates, recipe, right)
                 else: seconds[arm] += of_trl(load, a.steps, updates, kind, right)
         row(name, *(statistics.median(x) for x in seconds.values()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if len(a.arms) == 1: print(f"\nat most {peak:.1f} GiB")

@@ -10,7 +10,7 @@ __all__ = ['JOINER', 'SCALES', 'DIGITS', 'QUANTITY', 'ATOM', 'FORMULA', 'LABEL',
 
 # %% ../nbs/10_answer.ipynb #7386d4c8
 import decimal, functools, inspect, json, os, re, signal, subprocess, sys, time, unicodedata, warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
@@ -21,6 +21,7 @@ def boxed(
     text: str, # what the model wrote
 ) -> str | None:
     r"What stands in the last `\boxed{…}` that is closed, or None; boxes joined by commas, `and` or `or` are one list."
+    text = text[first.start():] if (first := re.search(r"\\+f?box", text)) else ""    # before it nothing opens a box
     stack: list[tuple[re.Match, bool]] = []              # each open brace, and whether it opens a box
     boxes = []                                           # where its macro, its content and its closing brace begin
     for m in re.finditer(r"\\f?box(?:ed)?\s*\{|\\.|[{}]", text, re.DOTALL):
@@ -42,23 +43,24 @@ DIGITS = r"""(?: \d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)      # 1,234.5
     | (?:\d+(?:\.\d+)?|\.\d+) (?:[eE][+-]?\d{1,3}(?!\d))? )"""
 QUANTITY = rf"""(?: (?:(?:US|A)?\\?[$€£¥₹][ ]?)?         # money
     (?: \d+[ ]\d+/\d+(?![\d/])                           # 3 1/8
-      | \d\d?:\d\d (?:[ ]?[aApP]\.?[mM]\b\.?)?           # 3:30 pm
+      | \d+(?::\d+)+(?![.,]?\d) (?:[ ]?[aApP]\.?[mM]\b\.?)?    # 3:30 pm, a ratio
       | {DIGITS} (?:[ ](?:{"|".join(SCALES)})\b)? )      # 1.5 million
     (?: [ ]?(?:\\?%|per[ ]?cent\b) )? )"""
 ATOM = rf"""(?: {QUANTITY}
   | \\[a-zA-Z]+ | \\[{{}},!;%]                           # a command of LaTeX
   | (?<![a-zA-Z]) (?:sin|cos|tan|log|ln|exp|[a-zA-Z]) (?![a-zA-Z])   # a function or a variable
   | [_^{{}}()\[\]!|°√π∞²³¼-¾⅐-⅞] )"""
-FORMULA = re.compile(rf"""
+FORMULA = re.compile(rf"""(?! [\s,:;'"] | (?<=[a-zA-Z])[a-zB-TV-Z]      # most of prose is passed over at a glance
+    | [a-zA-Z][a-z]+(?![a-z]) (?<!sin)(?<!cos)(?<!tan)(?<!log)(?<!exp)(?<!ln) ) (?:
     \$(?=[^\s$]) ([^$]{{0,1000}}?) (?<=[^\s$])\$(?!\d)   # $…$: no space after the first, none before the last
   | \$\$([^$]{{1,1000}})\$\$ | \\\(([^$]{{0,1000}}?)\\\) | \\\[([^$]{{0,1000}}?)\\\]
   | (?:(?<![\w)}}\]])[-−–+±])? {ATOM}                    # or what looks like a formula
-    (?: {ATOM} | (?:\*\*(?=\w)|[-−–+*/=<>≤≥≈×·÷±])[ ]? | [ ][-−–+*/=<>≤≥≈×·÷±][ ] )*""", re.X)
+    (?: {ATOM} | (?:\*\*(?=\w)|[-−–+*/=<>≤≥≈×·÷±])[ ]? | [ ][-−–+*/=<>≤≥≈×·÷±][ ] )*)""", re.X)
 LABEL = re.compile(r"\b(?:step|part|case|equation|confidence:?|figure|question|problem|line|page)\s*[(#]*$", re.I)
-def _formulas(text: str) -> list[re.Match]:
-    "What in a text may be an answer: formulas with a digit or a command, but no labels such as `step 3`."
-    return [m for m in FORMULA.finditer(text) if re.search(r"\d|\\(?!box|text|end)[a-z]|[√π∞¼-¾⅐-⅞]", m[0])
-            and not LABEL.search(text, max(0, m.start() - 20), m.start())]
+def _answers(m: re.Match) -> bool:
+    "Whether a formula may be an answer: it has a digit or a command, and is no label such as `step 3`."
+    return bool(re.search(r"\d|\\(?!box|text|end)[a-z]|[√π∞¼-¾⅐-⅞]", m[0])
+                and not LABEL.search(m.string, max(0, m.start() - 20), m.start()))
 
 def _cleaned(m: re.Match) -> str:
     "The answer in a formula: without brackets that have no partner; of `x = 7` the 7, an equation as it is."
@@ -74,7 +76,7 @@ def _cleaned(m: re.Match) -> str:
     return (formula if equation else after).strip(" *=<>")
 
 # %% ../nbs/10_answer.ipynb #4ed7e31a
-CLAIM = re.compile(r"""
+CLAIM = re.compile(r"""(?=[acr\#])
     (?: \b(?:answer|(?:correct|right)\s(?:option|choice))\b [^.:=\n]{0,30}? (?:\bis\b|\bare\b|[:=])   # the answer is
       | \#{4} )                                                                                     # of GSM8K
     [\s*_:]* (?:(?:option|choice|approximately|about|exactly|equal\sto)\s)*""", re.X | re.I)
@@ -83,12 +85,11 @@ def stated(
     text: str, # what the model wrote, without a box
 ) -> str | None:
     "What follows the last `the answer is` or `####`, if that is a choice or a formula; else the last formula; or None."
-    found, claim = _formulas(text), [None, *CLAIM.finditer(text)][-1]
+    found, claim = [*FORMULA.finditer(text)], [None, *CLAIM.finditer(text)][-1]
     if claim and not re.search(r"\b(?:wait|actually|mistake|instead|correction)\b", text[claim.end():], re.I):
-        choice = CHOICE.match(text, claim.end())
-        if choice: return choice[1] or choice[2]
-        found = [m for m in found if m.start() == claim.end() and not text.startswith(" of ", m.end())] or found
-    return _cleaned(found[-1]) or None if found else None
+        if choice := CHOICE.match(text, claim.end()): return choice[1] or choice[2]
+        found += [m for m in found if m.start() == claim.end() and not text.startswith(" of ", m.end())]
+    return next((_cleaned(m) or None for m in reversed(found) if _answers(m)), None)
 
 def extract_answer(
     text: str,             # what the model wrote
@@ -96,10 +97,10 @@ def extract_answer(
 ) -> str | None:
     "The answer in a response, after its `</think>`: boxed, else between `<answer>` tags, else stated; or boxed before."
     reply = text.rpartition("</think>")[2].partition("<confidence>")[0]
+    if found := boxed(reply): return found
     tagged = reply.rpartition("</answer>")[0].rpartition("<answer>")[2].strip()
-    if re.search(r"(?<![\\a-zA-Z])[A-Za-z]{2,} .*\d", tagged): tagged = ""                     # a sentence
-    told = (tagged if 0 < len(tagged) < 200 else stated(reply)) if fallback else None
-    return boxed(reply) or told or boxed(text) or None
+    if len(tagged) >= 200 or re.search(r"(?<![\\a-zA-Z])[A-Za-z]{2,} .*\d", tagged): tagged = ""    # a sentence
+    return fallback and (tagged or stated(reply)) or boxed(text) or None
 
 # %% ../nbs/10_answer.ipynb #4fee5d53
 LONGEST = 1000                                           # characters; a longer answer equals only itself
@@ -292,12 +293,10 @@ def _serve():
         return any(verify(*p, numeric_precision=50, timeout_seconds=None, raise_on_error=True) for p in (xy, xy[::-1]))
     same("x^2-1", r"(x+1)\sqrt{3}"), _worth(read(r"x\sin 1"))                # what is imported late is imported now
     refused = _fence()
-    limit(0)
-    os.write(reply, b"!\n")
+    limit(0); os.write(reply, b"!\n")
     for line in sys.stdin:
         *answers, seconds = json.loads(line)
-        refused.clear()
-        limit(seconds)
+        refused.clear(); limit(seconds)
         try: found = same(*answers) if len(answers) > 1 else _worth(read(*answers))
         except Exception: found = "?"
         limit(0)
@@ -399,8 +398,7 @@ def same_answer(
     seconds: float = 3.0, # of computing, for each question to a helper; ten times as much by the clock
 ) -> bool | None:
     "Whether an answer counts: equal, but for a percent sign, a unit or words that one of the two leaves off."
-    verdict = equal_answers(a, b, seconds)
-    x, y = _bare(a), _bare(b)
+    verdict, x, y = equal_answers(a, b, seconds), _bare(a), _bare(b)
     if verdict or (x == tidy(a)) == (y == tidy(b)): return verdict
     return equal_answers(x, y, seconds) or verdict
 
@@ -417,6 +415,7 @@ def same_answers(
     seconds: float = 3.0,             # of computing, for each question to a helper
     workers: int | None = None,       # threads, each with a helper; None: as many as there are cores
     budget: float | None = None,      # seconds by the clock for all pairs; None: no limit
+    show: Callable = iter,            # wraps the verdicts of distinct pairs as they come, as tqdm does
 ) -> list[bool | None]:
     "`same_answer` of each pair, equal pairs once; None also where the budget is spent, and a warning says how often."
     distinct, late = list(dict.fromkeys(pairs := list(pairs))), []
@@ -424,7 +423,8 @@ def same_answers(
     def one(pair):
         if time.monotonic() < end: return same_answer(pair[0], pair[1], seconds)
         late.append(pair)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool: verdicts = dict(zip(distinct, pool.map(one, distinct)))
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        verdicts = dict(zip(distinct, show(pool.map(one, distinct))))
     if late: warnings.warn(f"the budget of {budget:g} s is spent; {len(late)} of {len(distinct)} pairs are undecided")
     return [verdicts[pair] for pair in pairs]
 

@@ -4,29 +4,31 @@
 
 # %% auto #0
 __all__ = ['Run', 'LORA_LR', 'FULL_LR', 'IDENTITY', 'EVALUATE', 'COMMANDS', 'typed_fields', 'new_name', 'run_demo', 'run_base',
-           'run_train', 'sampler_for', 'check_evaluate', 'identity', 'sample_all', 'run_evaluate', 'named_columns',
-           'accept', 'run_report', 'run_convert', 'Help', 'command', 'comments', 'add_fields', 'add_demo', 'add_base',
-           'add_train', 'run_plot', 'add_plot', 'add_evaluate', 'add_log_options', 'add_report', 'add_convert',
-           'parser', 'main']
+           'run_train', 'sampler_for', 'check_evaluate', 'shared_identity', 'identity', 'model_folders', 'ModelRun',
+           'model_run', 'sample_all', 'sampled', 'run_evaluate', 'named_columns', 'accept', 'run_report', 'run_convert',
+           'Help', 'command', 'comments', 'add_fields', 'add_demo', 'add_base', 'add_train', 'run_plot', 'add_plot',
+           'add_evaluate', 'add_log_options', 'add_report', 'add_convert', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #706aff1b
-import argparse, hashlib, inspect, json, math, platform, re, shlex, sys, time, typing
+import argparse, hashlib, inspect, json, math, os, re, shlex, sys, time, typing
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 import torch
-import capo as _capo
-from .compare import REF_HIGH, REF_LOW, TAU, arms, commit, compare, final_numbers, make_base
+from .compare import REF_HIGH, REF_LOW, TAU, arms, compare, final_numbers, made_with, make_base
 from .data import DATASETS, DataOptions
-from .folder import Broken, fingerprint, new_folder, notice, plot_runs, read_settings, same_run, settings
+from .folder import Broken, clock, fingerprint, new_folder, notice, plot_runs, read_settings, same_run, settings
 from .logs import LOG_FORMATS
+from .page import shorten
+from .policy import quicker_dtype
 from .report import report
 from .responses import convert
 from .rollout import HFSampler, VLLMSampler
 from .run import RunConfig, loading, run, saved_settings
-from .sample import sample_to_file
+from .batches import sample_to_file
 from .task import Problem, limit_threads, load_model, load_tokenizer, prompts_for
 from .train import TrainConfig
 
@@ -84,7 +86,7 @@ def run_train(a: argparse.Namespace, command: str) -> int:
     elif result.checkpoint:
         policy = result.checkpoint / "policy"
         print(f"\n{result.step} steps done; see {out}/log.csv. The trained model is in {policy}. To load it:\n")
-        print(loading(config, policy))
+        print(loading(policy))
     return 128 + result.stopped if result.stopped else 0
 
 # %% ../nbs/60_cli.ipynb #0a9182ae
@@ -109,52 +111,114 @@ def check_evaluate(a: argparse.Namespace) -> None:
         raise ValueError(f"temperature must be a positive number; it is {a.temperature}")
     if not 0 < a.precision <= 1: raise ValueError(f"precision must lie in (0, 1]; it is {a.precision}")
 
-IDENTITY = ("model", "data", "n", "seed", "temperature", "max_new_tokens", "batch", "top_k", "dtype", "vllm")
+# %% ../nbs/60_cli.ipynb #d13d1981
+IDENTITY = ("data", "n", "seed", "temperature", "max_new_tokens", "batch", "top_k", "dtype", "vllm")
+
+def shared_identity(
+    a: argparse.Namespace,       # options
+    problems: Sequence[Problem], # as they are read
+) -> dict[str, Any]:
+    "What would change the numbers of every model, with a fingerprint of the problems."
+    asked = hashlib.sha256(json.dumps([[p.prompt, p.answer] for p in problems]).encode()).hexdigest()[:16]
+    return {k: getattr(a, k) for k in IDENTITY} | {"questions": len(problems), "prompts and answers": asked}
 
 def identity(
-    a: argparse.Namespace,       # options
+    a: argparse.Namespace,       # options, of one model
     problems: Sequence[Problem], # as the model reads them
 ) -> dict[str, Any]:
     "What would change the numbers of a run, with a fingerprint of the problems and one of the weights."
-    asked = json.dumps([[p.prompt, p.answer] for p in problems])
     weights = fingerprint(str(resources.files("capo") / "base") if a.model == "tiny" else a.model)
-    return {k: getattr(a, k) for k in IDENTITY} | {"questions": len(problems), "weights": weights,
-            "prompts and answers": hashlib.sha256(asked.encode()).hexdigest()[:16]}
+    return {"model": a.model} | shared_identity(a, problems) | {"weights": weights}
+
+def model_folders(
+    models: Sequence[str], # as typed
+    out: Path,             # folder of the run
+) -> dict[str, Path]:
+    "Where each model's responses go: those of one into the folder itself, of several into folders below, by name."
+    if len(set(models)) < len(models): raise ValueError(f"model must name different models; they are {models}")
+    last = [Path(os.path.abspath(m)).name for m in models]
+    names = [x if last.count(x) == 1 else re.sub(r"[^\w.]+", "-", m).strip("-") for x, m in zip(last, models)]
+    return {m: out / x if len(models) > 1 else out for m, x in zip(models, names)}
 
 # %% ../nbs/60_cli.ipynb #b5e5bd89
+@dataclass(frozen=True)
+class ModelRun:
+    "What one model is asked, and where its responses go."
+    options: argparse.Namespace  # with this model alone
+    folder: Path
+    tokenizer: Any
+    problems: Sequence[Problem]  # as the model reads them
+    questions: Sequence[Problem] # as they are shown in the file
+    @property
+    def file(self) -> Path: return self.folder / "responses.jsonl"
+    @property
+    def size(self) -> int: return len(self.problems) * self.options.n
+
+def model_run(
+    a: argparse.Namespace,        # options
+    model: str,                   # one of those named
+    folder: Path,                 # its own
+    questions: Sequence[Problem], # bare
+) -> ModelRun:
+    "The questions as the model's tokenizer writes them; a notice shows the first if there is no chat template."
+    options, tokenizer = argparse.Namespace(**{**vars(a), "model": model}), load_tokenizer(model, a.trust_remote_code)
+    problems = prompts_for(questions, tokenizer, a.chat, a.system, a.instruction, a.chat_options)
+    if a.chat is None and not tokenizer.chat_template:
+        plain = f"{model} comes without a chat template, so it reads plain text"
+        notice(f"capo: {plain}; the first prompt is {shorten(json.dumps(problems[0].prompt, ensure_ascii=False), 300)}")
+    return ModelRun(options, folder, tokenizer, problems, questions)
+
+# %% ../nbs/60_cli.ipynb #d13d1984
 def sample_all(
-    sampler: Any,                 # of the model
-    problems: Sequence[Problem],  # as the model reads them
-    questions: Sequence[Problem], # as they are shown in the file
-    path: Path,                   # of the responses; what is there is kept
-    a: argparse.Namespace,        # n, seed, batch
+    sampler: Any,  # of the model
+    run: ModelRun,
 ) -> None:
-    "Samples what the file lacks, with a progress bar."
+    "Samples what the file lacks, with a progress bar; after the first batch a notice says how long the rest will take."
     from tqdm.auto import tqdm
-    done = sample_to_file(sampler, problems, a.n, path, seed=a.seed, batch=a.batch, shown=questions)
-    with tqdm(total=len(problems) * a.n, unit="response", smoothing=.05) as bar:
+    a, start = run.options, time.monotonic()
+    done = sample_to_file(sampler, run.problems, a.n, run.file, seed=a.seed, batch=a.batch, shown=run.questions)
+    with tqdm(total=run.size, unit="response", smoothing=.05) as bar:
         bar.n = bar.initial = next(done) * a.n             # what was there before does not count for the rate
         bar.refresh()
-        for q in done: bar.update(q * a.n - bar.n)
+        for q in done:
+            if bar.n == bar.initial and (few := q * a.n) < run.size:
+                left = clock((time.monotonic() - start) / (few - bar.n) * (run.size - few))
+                notice(f"capo: by its first {few - bar.n} responses, {a.model} will take {left} more")
+            bar.update(q * a.n - bar.n)
 
+def sampled(
+    run: ModelRun,
+    places: dict[Path, dict[str, Any]], # folders, and what identifies what they hold
+    note: dict[str, Any],               # what does not
+) -> None:
+    "Samples what is missing, if something is; makes no folder before the model is loaded."
+    if run.file.exists() and run.file.read_bytes().count(b"\n") == run.size: return
+    a, sampler = run.options, sampler_for(run.options, run.tokenizer)
+    with sampler if a.vllm else nullcontext():              # an engine of vLLM ends before the next begins
+        for place, same in places.items(): same_run(place, same, note)
+        what = f"{len(run.problems)} questions of {a.data}, {a.n} responses each by {a.model}"
+        print(f"{what}; files go to {run.folder}/", flush=True)
+        sample_all(sampler, run)
+
+# %% ../nbs/60_cli.ipynb #d13d1985
 def run_evaluate(a: argparse.Namespace, command: str) -> None:
-    "Samples what is missing, and writes the report."
+    "Samples what is missing, one model after the other, and writes the report."
     check_evaluate(a)
-    out, table = a.out or new_name("evaluate"), DataOptions(**typed_fields(a, DataOptions))
+    if a.dtype == "measured":
+        a.dtype, why = quicker_dtype()
+        notice(f"capo: {why}")
+    out, table = Path(a.out or new_name("evaluate")), DataOptions(**typed_fields(a, DataOptions))
     questions = table.problems(a.data, a.questions, say=lambda line: notice(f"capo: {line}"))
-    tokenizer = load_tokenizer(a.model, a.trust_remote_code)
-    problems = prompts_for(questions, tokenizer, a.chat, a.system, a.instruction, a.chat_options)
-    same = identity(a, problems)
-    note = {"command": command, "version": _capo.__version__, "commit": commit(), "python": platform.python_version()}
-    if Path(out).exists(): same_run(out, same, note)       # another run is refused before the model is loaded,
-    sampler = sampler_for(a, tokenizer)                    # and a model that cannot be loaded leaves no trace
-    folder = same_run(out, same, note)
-    what = f"{len(problems)} questions of {a.data}, {a.n} responses each by {a.model}"
-    print(f"{what}; files go to {folder}/", flush=True)
-    sample_all(sampler, problems, questions, folder / "responses.jsonl", a)
-    made = report({folder.name: folder / "responses.jsonl"}, folder, precision=a.precision)
-    beside = "report.md, summary.json, responses.jsonl and the pictures beside it"
-    print(f"\n{made}\n\nSee {folder}/report.html, and {beside}.")
+    runs = [model_run(a, model, folder, questions) for model, folder in model_folders(a.model, out).items()]
+    shared = {out: shared_identity(a, questions)} if len(runs) > 1 else {}
+    places = [shared | {one.folder: identity(one.options, one.problems)} for one in runs]
+    note = made_with() | {"command": command}
+    for place, same in (x for p in places for x in p.items()):
+        if place.exists(): same_run(place, same, note)     # another run is refused before a model is loaded
+    for one, mine in zip(runs, places): sampled(one, mine, note)
+    made = report({one.folder.name: one.file for one in runs}, out, precision=a.precision)
+    beside = f"report.md, summary.json, {'responses.jsonl ' * (len(runs) == 1)}and the pictures beside it"
+    print(f"\n{made}\n\nSee {out}/report.html, and {beside}.")
 
 # %% ../nbs/60_cli.ipynb #cca2415f
 def named_columns(
@@ -178,7 +242,8 @@ def run_report(a: argparse.Namespace, command: str) -> None:
     "Prints the tables and writes the folder."
     out = Path(a.out or new_name("report"))
     if out.exists(): new_folder(out)                       # refused before any work, if it holds something
-    made = report(a.files, by=a.by, format=a.format, columns=named_columns(a.column), precision=a.precision)
+    how = {"by": a.by, "format": a.format, "columns": named_columns(a.column), "budget": a.budget}
+    made = report(a.files, **how, precision=a.precision)
     made.save(new_folder(out), a.csv)
     print(f"{made}\n\nSee {out}/report.html, and report.md, summary.json and the pictures beside it.")
     accept(made.refused, a)
@@ -286,8 +351,8 @@ a run that was stopped goes on with the same command and --out"""
 def add_evaluate(commands: Any) -> None:
     "The options of `capo evaluate`."
     e = command(commands, "evaluate", run_evaluate, EVALUATE)
-    e.add_argument("--model", required=True,
-                   help="folder, name on the hub, folder with a LoRA adapter, or tiny, the model that ships with capo")
+    e.add_argument("--model", required=True, nargs="+", help="folder, name on the hub, folder with a LoRA adapter, or "
+                   "tiny, the model that ships with capo; several are compared, the first is the baseline")
     e.add_argument("--data", required=True, help=f"a set of problems ({', '.join(DATASETS)}), owner/name on the hub, "
                    "a file (.jsonl, .json, .parquet, .csv), or gym:TASK")
     e.add_argument("-n", type=int, default=16, help="responses to each question")
@@ -307,11 +372,14 @@ def add_evaluate(commands: Any) -> None:
     e.add_argument("--precision", type=float, default=0.9,
                    help="to ask of the responses above the threshold that the report names")
     e.add_argument("--vllm", action="store_true", help="sample with vLLM instead of transformers")
-    e.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-                   help="of the weights; auto is bfloat16 on a GPU and float32 elsewhere")
+    e.add_argument("--dtype", default="auto",
+                   choices=["auto", "float32", "bfloat16", "float16", "measured"],
+                   help="of the weights; auto is bfloat16 on a GPU and float32 elsewhere, measured is the "
+                   "quicker of the two on this CPU, which is said")
     e.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_fields(e.add_argument_group("how the data is read"), DataOptions)
 
+# %% ../nbs/60_cli.ipynb #5b6190a1
 def add_log_options(p: argparse.ArgumentParser) -> None:
     "What it takes to read somebody's log."
     p.add_argument("--format", help=f"of the logs: {', '.join(f.name for f in LOG_FORMATS)}; by default recognised")
@@ -319,7 +387,6 @@ def add_log_options(p: argparse.ArgumentParser) -> None:
                    help="which column is which field, such as correct=acc; confidence may be named several times")
     p.add_argument("--skip-bad", action="store_true", help="accept that lines which cannot be used are not counted")
 
-# %% ../nbs/60_cli.ipynb #5b6190a1
 def add_report(commands: Any) -> None:
     "The options of `capo report`."
     what = "say how far to trust the model behind a log, or compare several on the same questions"
@@ -330,6 +397,8 @@ def add_report(commands: Any) -> None:
     r.add_argument("--precision", type=float, default=0.9, help="to ask of the responses above the threshold")
     r.add_argument("--by",
                    help="confidence to report on; by default the first of lpm, confidence, score, token_confidence")
+    r.add_argument("--budget", type=float, metavar="SECONDS", help="for comparing answers with references; what is not "
+                   "reached counts as wrong, and is said; by default no limit")
     r.add_argument("--csv", action="store_true", help="write every table as CSV too")
     add_log_options(r)
 
@@ -360,6 +429,9 @@ def main(
     a, command = parser().parse_args(argv), shlex.join(["capo", *argv])
     try:
         return a.run(a, command) or 0
+    except BrokenPipeError:                                # whoever read what we print has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except (ValueError, OSError, ImportError, Broken) as e:
         print(f"capo: {e}", file=sys.stderr)
         return 1 if isinstance(e, Broken) else 2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAU', 'REF_LOW', 'REF_HIGH', 'STATISTICS', 'LOGGED', 'ROWS', 'COLOURS', 'LABELS', 'arms', 'held_out_questions',
            'training_questions', 'evaluator', 'Job', 'save_responses', 'screen_line', 'progress', 'average',
-           'lpm_and_reward', 'run_job', 'train_job', 'make_base', 'commit', 'described', 'check_comparison',
+           'lpm_and_reward', 'train_job', 'run_job', 'make_base', 'commit', 'described', 'check_comparison',
            'made_with', 'processes', 'compare', 'over_seeds', 'by_seed', 'mixed_in_all', 'numbers_of', 'shared_auc',
            'summarise', 'at_accuracy', 'equal_accuracy', 'with_interval', 'final_numbers', 'curves_by_seed',
            'draw_band', 'draw_comparison']
@@ -119,15 +119,7 @@ def lpm_and_reward(r: Rollouts) -> list[list]:
     "What the statistics need of rollouts, as lists that any process can send and any file keep."
     return [r.lpm.tolist(), r.reward.tolist()]
 
-def run_job(job: Job) -> dict[str, Any]:
-    "Trains and evaluates one arm; returns its evaluations, and every response's lpm and reward of first and last."
-    folder = Path(job.folder)
-    if (folder / "result.json").exists(): return json.loads((folder / "result.json").read_text())
-    if folder.exists(): shutil.rmtree(folder)              # of a run that was interrupted
-    result = train_job(job)
-    write_whole(folder / "result.json", json.dumps(result))
-    return result
-
+# %% ../nbs/34_compare.ipynb #34a00001
 def train_job(job: Job) -> dict[str, Any]:
     "The work of `run_job`, in a new folder."
     from transformers import AutoModelForCausalLM
@@ -157,6 +149,16 @@ def train_job(job: Job) -> dict[str, Any]:
     return {"arm": job.arm, "seed": seed, "evals": result.evals,
             "first": lpm_and_reward(first), "last": lpm_and_reward(last),
             "seconds": average(result.rows, "seconds"), "masked": average(result.rows, "masked")}
+
+# %% ../nbs/34_compare.ipynb #34a00002
+def run_job(job: Job) -> dict[str, Any]:
+    "Trains and evaluates one arm; returns its evaluations, and every response's lpm and reward of first and last."
+    folder = Path(job.folder)
+    if (folder / "result.json").exists(): return json.loads((folder / "result.json").read_text())
+    if folder.exists(): shutil.rmtree(folder)              # of a run that was interrupted
+    result = train_job(job)
+    write_whole(folder / "result.json", json.dumps(result))
+    return result
 
 # %% ../nbs/34_compare.ipynb #6f085ac3
 def make_base(
@@ -239,7 +241,7 @@ def compare(
     check_comparison(makers, seeds, workers=workers, questions=questions, samples=samples)
     folder = same_run(folder, {"arms": {arm: described(make) for arm, make in makers.items()}, "seeds": list(seeds),
                                "fresh_base": fresh_base, "train": asdict(config), "questions": questions,
-                               "samples": samples}, made_with() | note)
+                               "samples": samples}, made_with() | dict(note))
     begin()
     with processes(workers) as pool:
         bases = dict.fromkeys(seeds, str(resources.files("capo") / "base"))

@@ -102,11 +102,13 @@ DATASETS = {
 def as_text(
     answer: Any, # as a row holds it
 ) -> str | None:
-    "A text as it is, a number in its shortest form (27.0 is 27), None for anything else."
+    "A text as it is, a number in its shortest form (27.0 is 27), the one of a list of one; None for anything else."
+    if isinstance(answer, list) and len(answer) == 1: return as_text(answer[0])
     number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
     if number and math.isfinite(answer): return str(int(answer) if answer == int(answer) else answer)
     return answer if isinstance(answer, str) and answer.strip() else None
 
+# %% ../nbs/14_data.ipynb #3d92be04
 def problem_of(
     row: Mapping[str, Any], # of a table
     source: Source,         # how it is read
@@ -284,7 +286,7 @@ def load_problems(
 
 # %% ../nbs/14_data.ipynb #58455d29
 def in_a_box(answer: str) -> str:
-    "The form that `INSTRUCTION` asks for."
+    "The form that `capo.task.INSTRUCTION` asks for."
     return rf"\boxed{{{answer}}}"
 
 def ungradable(

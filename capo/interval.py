@@ -8,7 +8,7 @@ __all__ = ['Weighted', 'bootstrap', 'resamples', 'Statistic', 'ratio', 'question
            'student', 'wilson', 'interval', 'Estimate']
 
 # %% ../nbs/19_interval.ipynb #19fe7f91
-import math
+import functools, math
 from collections.abc import Callable
 from dataclasses import dataclass
 import torch
@@ -61,6 +61,7 @@ class Statistic:
     of: Weighted       # weights → its value under each row of them
     questions: int     # that enter into it
     share: bool = True # it lies between 0 and 1
+    mean: bool = False # of numbers between 0 and 1
     def __call__(self, w: Float[Tensor, "n B"]) -> Float[Tensor, "n"]: return self.of(w)
 
 def ratio(
@@ -69,7 +70,7 @@ def ratio(
     share: bool = True,          # it lies between 0 and 1
 ) -> Statistic:
     "Ratio of two weighted sums over questions."
-    return Statistic(lambda w: (w @ top.double()) / (w @ bottom.double()), int((bottom > 0).sum()), share)
+    return Statistic(lambda w: (w @ top.double()) / (w @ bottom.double()), int((bottom > 0).sum()), share, share)
 
 def question_mean(
     value: Shaped[Tensor, "B"], # of each question, nan where it has none
@@ -190,6 +191,7 @@ def influence(
     return value.item(), torch.zeros(B, dtype=torch.float64) if moved is None else moved[0]
 
 # %% ../nbs/19_interval.ipynb #5a21c0f6
+@functools.cache
 def student(
     df: int,             # degrees of freedom
     level: float = 0.95, # of a two-sided interval
@@ -217,15 +219,16 @@ def interval(
     n: int,                    # questions that enter
     share: bool,               # it lies between 0 and 1
     level: float = 0.95,       # of the interval
+    mean: bool = True,         # if a share: of numbers between 0 and 1
 ) -> tuple[float, float]:
     "Its interval over questions, Wilson's for a share; nan for one question, and where none differs from another."
     variance = moved.square().sum().item() * n / max(1, n - 1)
     if n < 2 or not math.isfinite(variance) or (variance < 1e-20 and not share): return math.nan, math.nan
-    t = student(n - 1, level)
+    t, normal = student(n - 1, level), student(10**6, level)
     if not share: return value - t * math.sqrt(variance), value + t * math.sqrt(variance)
     replies = value * (1 - value) / variance if variance > 1e-20 else n - 1
-    binary = abs(replies - (n - 1)) < 1e-6 * n      # zeros and ones: their mean says their variance, none is estimated
-    return wilson(value, n, student(10**6, level)) if binary else wilson(value, replies, t)
+    estimated = min(1, abs(1 - (n - 1) / replies)) if mean and replies else 1
+    return wilson(value, replies + 1 - estimated, normal + estimated * (t - normal))
 
 # %% ../nbs/19_interval.ipynb #19f00006
 @dataclass(frozen=True)

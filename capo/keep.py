@@ -30,7 +30,7 @@ def learner_state(
 
 @torch.no_grad()
 def set_learner_state(
-    learner: Any,            # of the same run
+    learner: Any,                # of the same run
     state: Mapping[str, Tensor], # what `learner_state` gave
 ) -> None:
     "Puts weights and moments back."
@@ -72,10 +72,10 @@ def set_random_state(
 HARMLESS = {"save_every", "keep", "model", "data"} # settings that may change: the last two are known by content
 
 def record(
-    config: Any,          # all settings
-    recipe: Any,               # known by name and settings
-    problems: Sequence[Problem],  # known by a hash
-    model: nn.Module,             # before training, known by its fingerprint
+    config: Any,                 # all settings
+    recipe: Any,                 # known by name and settings
+    problems: Sequence[Problem], # known by a hash
+    model: nn.Module,            # before training, known by its fingerprint
 ) -> dict[str, Any]:
     "What a run is, in words that fit into JSON."
     content = json.dumps([(p.prompt, p.answer) for p in problems]).encode()
@@ -97,13 +97,13 @@ def changes(
 
 # %% ../nbs/29_keep.ipynb #beacadbe
 def save_run(
-    new: Path,               # a folder to fill
-    step: int,               # steps done
-    policy: Any,             # with its adapter, if it has one
-    tokenizer: Any,          # saved beside it, so that the folder loads by itself
-    learner: Any,        # weights and moments
+    new: Path,                # a folder to fill
+    step: int,                # steps done
+    policy: Any,              # with its adapter, if it has one
+    tokenizer: Any,           # saved beside it, so that the folder loads by itself
+    learner: Any,             # weights and moments
     about: Mapping[str, Any], # of `record`
-    card: str = "",          # for whoever finds the policy
+    card: str = "",           # for whoever finds the policy
 ) -> None:
     "The files of a checkpoint."
     from safetensors.torch import save_file
@@ -122,7 +122,8 @@ def model_card(
 ) -> str:
     "What the policy is: method, data, settings, last numbers."
     settings, recipe = about["settings"], about["recipe"]
-    head = ["---", f"library_name: {'peft' if settings.get('lora_rank') else 'transformers'}", "tags: [capo]",
+    adapter = settings.get("lora_rank") or settings.get("adapter") == "continue"
+    head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "tags: [capo]",
             f"base_model: {json.dumps(settings.get('model', ''))}", "---", f"# {recipe['name']}, {step} steps",
             f"Trained on {settings.get('data', '') or 'problems'}, by capo."]
     last = {**(read_rows(folder / "log.csv") or [{}])[-1], **(read_rows(folder / "evals.csv") or [{}])[-1]}
@@ -132,10 +133,10 @@ def model_card(
 
 # %% ../nbs/29_keep.ipynb #ea43fd9d
 def load_run(
-    checkpoint: Path,          # intact
-    learner: Any,          # gets weights and moments
-    about: Mapping[str, Any],  # of `record`, of the run that goes on
-    accept_changes: bool,      # go on although something changed
+    checkpoint: Path,         # intact
+    learner: Any,             # gets weights and moments
+    about: Mapping[str, Any], # of `record`, of the run that goes on
+    accept_changes: bool,     # go on although something changed
 ) -> int:
     "Loads a checkpoint and returns its step. Raises `ValueError` if it is of another run, unless that is accepted."
     from safetensors.torch import load_file
@@ -183,13 +184,13 @@ def saving_bad_step(
 @dataclass
 class FolderKeeper:
     "The keeper of a run in a folder."
-    saved: Checkpoints           # of the run
-    about: Mapping[str, Any]     # of `record`
-    config: Any          # steps and `save_every`
-    asked: Sequence[int]         # signals so far
-    resume: bool                 # go on from the newest checkpoint
-    accept_changes: bool         # also if something changed
-    told: Sequence[Any]          # logs, and whatever else can rewind
+    saved: Checkpoints             # of the run
+    about: Mapping[str, Any]       # of `record`
+    config: Any                    # steps and `save_every`
+    asked: Sequence[int]           # signals so far
+    resume: bool                   # go on from the newest checkpoint
+    accept_changes: bool           # also if something changed
+    told: Sequence[Any]            # logs, and whatever else can rewind
     checkpoint: Path | None = None # the last one
 
     def begin(self, policy: Any, tokenizer: Any, learner: Any) -> int:
@@ -216,14 +217,15 @@ def keeping(
     model: nn.Module,             # before training
     problems: Sequence[Problem],  # to train on
     recipe: Any,                  # the method
-    config: Any,          # with `save_every` above 0
+    config: Any,                  # with `save_every` above 0
     resume: bool = False,         # go on from the newest checkpoint in the folder, if there is one
     accept_changes: bool = False, # also if data, model, recipe or settings are not those of the checkpoint
     told: Sequence[Any] = (),     # logs and evaluations, which rewind where a run goes on
 ) -> Iterator[FolderKeeper]:
     """A keeper for `train`; inside, the folder is locked, and signals stop the run after its step.
 
-    Raises `FileExistsError` for another run's checkpoints, `BlockingIOError` if a run is at work there."""
+    Raises `FileExistsError` for another run's checkpoints, `BlockingIOError` if a run is at work there,
+    `ValueError` if `save_every` is 0, if every checkpoint is damaged, or if the newest is of another run."""
     if not config.save_every: raise ValueError("save_every is 0: a run without checkpoints cannot be kept or resumed")
     about = record(config, recipe, problems, model)
     with Checkpoints(folder, config.keep) as saved, stopping() as asked, saving_bad_step(folder):

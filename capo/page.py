@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SERIES', 'DARK', 'RIGHT', 'WRONG', 'PALETTE', 'INK', 'ALONE', 'SCRIPT', 'STYLE', 'visible', 'Code', 'Value',
-           'in_markdown', 'in_html', 'Piece', 'Heading', 'Paragraph', 'Grid', 'Fold', 'series', 'Chart', 'line', 'dot',
-           'bar', 'words_at', 'ticks', 'axes', 'key', 'drawn', 'Picture', 'shorten', 'Example', 'Examples', 'flat',
-           'for_terminal', 'as_csv', 'plain', 'Report', 'report_files', 'save_report']
+           'in_markdown', 'in_html', 'short_names', 'Piece', 'Heading', 'Paragraph', 'Grid', 'Fold', 'series', 'Chart',
+           'line', 'dot', 'bar', 'words_at', 'ticks', 'axes', 'key', 'drawn', 'Picture', 'shorten', 'Example',
+           'Examples', 'flat', 'for_terminal', 'as_csv', 'plain', 'Report', 'report_files', 'save_report']
 
 # %% ../nbs/18_page.ipynb #18fe7f91
-import csv, html, io, json, math, re, shutil, textwrap
+import csv, html, io, json, math, os, re, shutil, textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,18 @@ def in_html(x: str) -> str:
     shown = value + space + interval
     return f"<code>{shown}</code>" if isinstance(x, Code) else shown
 
+# %% ../nbs/18_page.ipynb #18f00011
+def short_names(
+    names: Sequence[str], # of sets of responses
+    size: int = 24,       # characters to keep
+) -> list[str]:
+    "Each name, cut where it does not differ from the others."
+    if max(map(len, names)) <= size: return [visible(n) for n in names]
+    start = len(os.path.commonprefix(list(names))) if len(names) > 1 else 0
+    start = max(0, min(start, min(map(len, names)) - size // 2))
+    cut = [("…" if start else "") + n[start:] for n in names]
+    return [visible(n if len(n) <= size else f"{n[:size // 2]}…{n[len(n) - size // 2 + 1:]}") for n in cut]
+
 # %% ../nbs/18_page.ipynb #4806cb6e
 class Piece:
     "A part of a report that shows itself."
@@ -48,14 +60,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Heading(Piece):
+    "A heading."
     parts: Sequence[str]          # `Code` or our own words
-    level: int = 2
+    level: int = 2                # 1: of the page
     def markdown(self) -> str: return "#" * self.level + " " + "".join(map(in_markdown, self.parts))
     def html(self) -> str: return f"<h{self.level}>{''.join(map(in_html, self.parts))}</h{self.level}>"
 
 @dataclass(frozen=True)
 class Paragraph(Piece):
-    parts: Sequence[str]
+    "A paragraph, plain or set off."
+    parts: Sequence[str]          # `Code` or our own words
     kind: str = ""                # `verdict`, `box`; how it is set off
     def markdown(self) -> str: return "> " * (self.kind == "box") + "".join(map(in_markdown, self.parts))
     def html(self) -> str:
@@ -63,6 +77,7 @@ class Paragraph(Piece):
 
 @dataclass(frozen=True)
 class Grid(Piece):
+    "A table."
     name: str                     # of its file, without .csv
     rows: Sequence[Sequence[str]] # the first is the header
     def markdown(self) -> str:
@@ -78,8 +93,9 @@ class Grid(Piece):
 # %% ../nbs/18_page.ipynb #afe05c45
 @dataclass(frozen=True)
 class Fold(Piece):
-    title: str
-    blocks: Sequence[Piece]
+    "Blocks behind a title."
+    title: str                    # what is seen before it is opened
+    blocks: Sequence[Piece]       # inside
     def markdown(self) -> str: return "\n\n".join([f"## {self.title}", *(b.markdown() for b in self.blocks)])
     def html(self) -> str:
         inside = "".join(b.html() for b in self.blocks)
@@ -101,11 +117,11 @@ def series(i: int) -> str:
 @dataclass
 class Chart:
     "Elements of a picture, in the units of its data."
-    xs: tuple[float, float] = (0, 1)
-    ys: tuple[float, float] = (0, 1)
-    height: int = 260
-    power: bool = False # what is along the bottom are powers of two
-    marks: list[str] = field(default_factory=list)
+    xs: tuple[float, float] = (0, 1)                                 # data at the left and at the right
+    ys: tuple[float, float] = (0, 1)                                 # at the bottom and at the top
+    height: int = 260                                                # pixels; the width is 360
+    power: bool = False                                              # what is along the bottom are powers of two
+    marks: list[str] = field(default_factory=list)                   # elements of SVG
     legend: list[tuple[str, int, str]] = field(default_factory=list) # words, series, dash
 
     def at(self, x: float, y: float) -> tuple[float, float]:
@@ -116,9 +132,9 @@ class Chart:
 
 # %% ../nbs/18_page.ipynb #24f00004
 def line(
-    chart: Chart,
-    x: Sequence[float],
-    y: Sequence[float],
+    chart: Chart,        # to draw on
+    x: Sequence[float],  # of the points, in data
+    y: Sequence[float],  # likewise; what is not finite is left out
     words: str = "",     # for the legend
     i: int = 0,          # series
     dash: str = "",      # such as 5 4
@@ -156,7 +172,7 @@ def ticks(low: float, high: float) -> list[float]:
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 def axes(
-    chart: Chart,
+    chart: Chart,              # whose frame it is
     x: str,                    # what is along the bottom
     y: str,                    # what is upwards, said at the top
     names: Sequence[str] = (), # in the place of numbers on the left
@@ -175,7 +191,7 @@ def axes(
     return "".join([*out, text(right, bottom + 34, x, "end"), text(left, top - 5, y, "start") if y else ""])
 
 def key(
-    chart: Chart,
+    chart: Chart, # with its legend
     i: int,       # line of the legend
 ) -> str:
     "A line of the legend, below the picture."
@@ -186,7 +202,7 @@ def key(
 
 # %% ../nbs/18_page.ipynb #990d0788
 def drawn(
-    chart: Chart,
+    chart: Chart,              # with its marks
     x: str,                    # what is along the bottom
     y: str,                    # what is upwards, said at the top
     says: str,                 # what the picture shows, for those who cannot see it
@@ -202,9 +218,10 @@ ALONE = f"<style>{PALETTE} {INK} svg {{ color: light-dark(#1c1e21, #dcdfe3) }}</
 
 @dataclass(frozen=True)
 class Picture(Piece):
+    "A picture under its message."
     name: str                     # of its file, without .svg
     title: str                    # its message
-    svg: str
+    svg: str                      # of `drawn`
     def markdown(self) -> str: return f"**{in_markdown(self.title)}**\n\n![{in_markdown(self.title)}]({self.name}.svg)"
     def html(self) -> str:
         return f"<figure><figcaption>{html.escape(visible(self.title))}</figcaption>{self.svg}</figure>"
@@ -220,11 +237,12 @@ def shorten(
 
 @dataclass(frozen=True)
 class Example(Piece):
+    "A response, with its question and what is said about it."
     about: Sequence[str]          # parts of a sentence
-    prompt: str
+    prompt: str                   # the question
     text: str                     # the response
-    right: bool
-    confidence: float
+    right: bool                   # as graded
+    confidence: float             # as the report ranks
     cut: bool = False             # it was truncated
     def markdown(self) -> str:
         said = f"{in_markdown(Code(shorten(self.prompt, 160)))} → {in_markdown(Code(shorten(self.text, 240)))}"
@@ -254,7 +272,8 @@ for (const box of document.querySelectorAll('.examples')) {
 # %% ../nbs/18_page.ipynb #abd0797b
 @dataclass(frozen=True)
 class Examples(Piece):
-    examples: Sequence[Example]
+    "Examples that a page with a script can sort and filter."
+    examples: Sequence[Example]   # in the order chosen
     def markdown(self) -> str: return "\n".join(e.markdown() for e in self.examples)
     def html(self) -> str: return '<div class="examples">' + "".join(e.html() for e in self.examples) + "</div>"
 
@@ -293,7 +312,7 @@ def flat(blocks: Iterable[Piece]) -> list[Piece]:
 # %% ../nbs/18_page.ipynb #44f4b203
 def for_terminal(rows: Sequence[Sequence[str]], width: int = 80) -> str:
     "A table of at most so many columns: intervals go where they do not fit, then ends of names, then the last sets."
-    first = min(34, max(len(r[0]) for r in rows))
+    first = min(36, max(len(r[0]) for r in rows))
     for short in (str, lambda x: x.split(" [")[0]):
         body = [[short(visible(c)) for c in r[1:]] for r in rows]
         size = [max(map(len, c)) for c in zip(*body)]
@@ -319,9 +338,9 @@ def plain(x: Any) -> Any:
 @dataclass(frozen=True, repr=False)
 class Report:
     "Blocks, and the numbers behind them. It shows itself in a notebook, prints as a table, and is saved as a folder."
-    title: Sequence[str]
-    blocks: Sequence[Piece]
-    summary: Mapping[str, Any]
+    title: Sequence[str]          # `Code` or our own words
+    blocks: Sequence[Piece]       # of the page, in order
+    summary: Mapping[str, Any]    # for a program
     refused: int = 0              # lines that could not be used
 
     def _repr_html_(self) -> str:
@@ -339,7 +358,7 @@ class Report:
 
 # %% ../nbs/18_page.ipynb #bc17aac8
 def report_files(
-    made: Report,
+    made: Report,         # to be saved
     tables: bool = False, # as CSV too
 ) -> dict[str, str]:
     "What a folder of a report holds, by name."
@@ -353,8 +372,8 @@ def report_files(
     return found | {f"{b.name}.csv": as_csv(b.rows) for b in inside if isinstance(b, Grid) and tables}
 
 def save_report(
-    made: Report,
-    folder: str | Path,
+    made: Report,         # to be saved
+    folder: str | Path,   # new or not
     tables: bool = False, # as CSV too
 ) -> Path:
     "Writes report.md, report.html, summary.json and pictures, all or, on a full disk, none. What else is there stays."

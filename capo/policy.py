@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'DTYPES', 'with_lora', 'tied_layers', 'has_adapter', 'is_fresh', 'trained_on', 'merged', 'starting_model',
-           'swapped', 'reference_logps', 'trainable_dtype', 'is_exact', 'recomputing', 'check_context', 'token_bytes',
-           'free_memory', 'budget_for']
+           'swapped', 'reference_logps', 'trainable_dtype', 'is_exact', 'flushing', 'product_seconds', 'quicker_dtype',
+           'recomputing', 'check_context', 'token_bytes', 'free_memory', 'budget_for']
 
 # %% ../nbs/27_policy.ipynb #c1c0f003
-import copy
+import copy, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from .logprob import anatomy
 from .rollout import Rollouts, score
 
 # %% ../nbs/27_policy.ipynb #8aee27d1
@@ -133,12 +134,42 @@ def trainable_dtype(
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 def is_exact(
-    model: nn.Module, # the policy
+    model: nn.Module,                 # the policy
+    dtype: torch.dtype | None = None, # that it will be trained in; None: as it is
 ) -> bool:
     "Do sampling and scoring give the same log-probabilities? Not below float32, nor where kernels are chosen anew."
-    wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    wide = all((dtype or p.dtype) in (torch.float32, torch.float64) for p in model.parameters())
     attention = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
     return wide and not hasattr(model, "_orig_mod") and attention in ("sdpa", "eager")
+
+# %% ../nbs/27_policy.ipynb #7d3a1e51
+@contextmanager
+def flushing() -> Iterator[None]:
+    "Inside, on a CPU that can, numbers that are too small for full precision are 0; behind, it is as it was before."
+    before = not bool(torch.tensor(1e-39) * torch.ones(()))
+    torch.set_flush_denormal(True)
+    try: yield
+    finally: torch.set_flush_denormal(before)
+
+# %% ../nbs/27_policy.ipynb #7d3a1e54
+def product_seconds(
+    kind: torch.dtype,  # of the numbers
+    rows: int = 64,     # responses
+    width: int = 1024,  # hidden size
+) -> float:
+    "The least of six times of a matrix product like those of decoding."
+    x, weights = torch.ones(rows, width, dtype=kind), torch.ones(width, 4 * width, dtype=kind)
+    def once() -> float:
+        start = time.perf_counter()
+        x @ weights
+        return time.perf_counter() - start
+    return min(once() for _ in range(6))
+
+def quicker_dtype() -> tuple[str, str]:
+    "bfloat16 if this CPU multiplies in two thirds of float32's time in it, else float32; and a sentence that says so."
+    full, half = product_seconds(torch.float32), product_seconds(torch.bfloat16)
+    chosen = "bfloat16" if half <= full * 2 / 3 else "float32"
+    return chosen, f"{chosen}, since a product takes {1e3 * full:.2f} ms in float32 and {1e3 * half:.2f} in bfloat16"
 
 # %% ../nbs/27_policy.ipynb #285aa6ff
 @contextmanager
@@ -182,7 +213,8 @@ def token_bytes(
     hidden, layers = config.hidden_size, config.num_hidden_layers
     layer = 10 * hidden + 4 * (getattr(config, "intermediate_size", None) or 4 * hidden)
     kept = layers * hidden + layer if recompute else layers * layer
-    return (kept + 6 * hidden) * next(model.parameters()).element_size()
+    logits = 0 if anatomy(model) else 8 * config.vocab_size                        # whole, and their slopes, in float32
+    return (kept + 6 * hidden) * next(model.parameters()).element_size() + logits
 
 # %% ../nbs/27_policy.ipynb #c1c0f018
 def free_memory(

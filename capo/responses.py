@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FLAGS', 'CHECKS', 'SCORES', 'Responses', 'is_number', 'as_words', 'as_id', 'as_flag', 'as_number', 'as_numbers',
            'as_count', 'as_lpm', 'as_probabilities', 'as_deepconf', 'checked', 'Columns', 'same_hash', 'add_row',
-           'is_integer', 'grade_rows', 'numbered_answers', 'oddities', 'as_table', 'gather', 'to_disk', 'write_whole',
-           'response_rows', 'response_lines', 'write_responses', 'nothing_read', 'read_responses', 'convert',
-           'as_responses', 'locked']
+           'is_integer', 'in_sight', 'grade_rows', 'numbered_answers', 'oddities', 'as_table', 'gather', 'to_disk',
+           'write_whole', 'response_rows', 'response_lines', 'write_responses', 'nothing_read', 'read_responses',
+           'convert', 'as_responses', 'locked']
 
 # %% ../nbs/22_responses.ipynb #5a21c0d3
 import gzip, hashlib, json, math, os
@@ -233,15 +233,22 @@ def is_integer(text: str) -> bool:
     "Digits and nothing else; two of them are equal if they are the same text."
     return text.isascii() and text.isdigit() and text[0] != "0"
 
+def in_sight(what: str, n: int) -> Callable[[Iterable], Iterable]:
+    "Shows on a terminal how far along an iterable of n is, if it takes more than a second."
+    from tqdm.auto import tqdm
+    return lambda x: tqdm(x, what, n, delay=1, disable=None, mininterval=1)
+
 def grade_rows(
-    c: Columns,     # all rows
-    seconds: float, # for a comparison
+    c: Columns,                  # all rows
+    seconds: float,              # for a comparison
+    budget: float | None = None, # for all of them; None: no limit
 ) -> int:
     "Puts a verdict where a row has none; returns how many could not be told, and count as wrong."
     rows = [i for i, v in enumerate(c.verdict) if v < 0]
     pairs = [(c.answer[i], str(c.reference[c.question[i]])) for i in rows]
     asked = [(a, b) for a, b in dict.fromkeys(pairs) if a is not None and not (is_integer(a) and is_integer(b))]
-    told: dict[Any, bool | None] = dict(zip(asked, same_answers(asked, seconds)))
+    bar = in_sight("comparing answers", len(asked))
+    told: dict[Any, bool | None] = dict(zip(asked, same_answers(asked, seconds, budget=budget, show=bar)))
     for i, (a, b) in zip(rows, pairs): c.verdict[i] = told.get((a, b), a == b) is True and c.truncated[i] != 1
     return sum(told.get(pair, False) is None for pair in pairs)
 
@@ -253,7 +260,7 @@ def numbered_answers(
     distinct: dict[int, dict[str, int]] = {}
     for q, a in zip(question, answers):
         if a is not None and a.strip(): distinct.setdefault(q, {})[a] = 0
-    for of in distinct.values():
+    for of in in_sight("sorting answers", len(distinct))(distinct.values()):
         if len(of) > 1: of.update(zip(of, range(len(of)) if all(map(is_integer, of)) else group_answers(list(of))))
     return [-1 if a is None or not a.strip() else distinct[q][a] for q, a in zip(question, answers)]
 
@@ -270,13 +277,14 @@ def oddities(c: Columns, scores: Mapping[str, Tensor]) -> tuple[str, ...]:
     return (*found, *(f"{n} of {len(c.text)} responses come without {k}" for k, n in bare.items() if n))
 
 def as_table(
-    c: Columns,           # all rows
-    seconds: float = 3.0, # for the comparison of two answers
-    **about: Any,         # refused lines and flaws
+    c: Columns,                  # all rows
+    seconds: float = 3.0,        # for the comparison of two answers
+    budget: float | None = None, # for all of them
+    **about: Any,                # refused lines and flaws
 ) -> Responses:
     "The columns as `Responses`, graded and sorted by question."
     if not c.text: raise ValueError("there is no response")
-    unverifiable = grade_rows(c, seconds)
+    unverifiable = grade_rows(c, seconds, budget)
     tensor = lambda x, dtype=torch.int64: torch.tensor(x, dtype=dtype)
     names = [k for k in SCORES if k in c.numbers] + [k for k in c.numbers if k not in (*SCORES, "length")]
     scores = {k: tensor(c.numbers[k], torch.float64) for k in names}
@@ -363,6 +371,7 @@ def read_responses(
     columns: Mapping[str, Any] = {},  # our field → theirs; for `confidence` several
     limit: int = 20,                  # flaws to describe; all are counted
     seconds: float = 3.0,             # for the comparison of two answers
+    budget: float | None = None,      # for all of them; what is not compared is wrong, counted, and warned of
 ) -> Responses:
     """Reads and grades logs. Lines that cannot be used are described in `flaws` and counted in `refused`.
 
@@ -380,7 +389,7 @@ def read_responses(
                 refused += 1
                 if len(flaws) < limit: flaws.append(f"{path}, line {number}: {e}")
     if not c.text: raise nothing_read(paths, refused, flaws)
-    return as_table(c, seconds, refused=refused, flaws=tuple(flaws))
+    return as_table(c, seconds, budget, refused=refused, flaws=tuple(flaws))
 
 # %% ../nbs/22_responses.ipynb #fb1666ff
 def convert(

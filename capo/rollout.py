@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from .logprob import at_rest, mean_logp, perplexity, shared_logps, can_share, token_logps
+from .logprob import at_rest, mean_logp, perplexity, token_logps
 from .sampling import adapter_added, sample, splitmix, uniforms
 from .task import Problem
+from .tree import can_share, tree_logps
 
 # %% ../nbs/12_rollout.ipynb #5b3bd186
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ def rollout_logps(
     model: nn.Module,          # policy or reference
     rollouts: Rollouts,        # B questions, G responses
     temperature: float = 1.0,  # of the distribution
+    largest: int = 128,        # tokens of a tree, above which each response is read by itself
 ) -> Float[Tensor, "B G T"]:
-    "Log-probabilities of the response tokens under `model`, differentiable, 0 outside the mask; a prompt is read once."
+    "Log-probabilities of the response tokens under `model`, differentiable, 0 outside the mask; nothing is read twice."
     (B, G, T), mask = rollouts.mask.shape, rollouts.mask.bool()
     asked, answered = rollouts.prompt_mask.sum(-1).tolist(), rollouts.mask.sum(-1).flatten().tolist()
     whole = not (mask[..., 1:] & ~mask[..., :-1]).any()                      # a response is its first tokens
@@ -91,7 +93,8 @@ def rollout_logps(
         return plain_rollout_logps(model, rollouts, temperature)
     prompts = [ids[-n:] for n, ids in zip(asked, rollouts.prompt_ids.tolist())]
     responses = [ids[:n] for n, ids in zip(answered, rollouts.response_ids.flatten(0, 1).tolist())]
-    logp = shared_logps(model, prompts, responses, [i // G for i in range(B * G)], temperature)
+    parent = [i // G for i in range(B * G)]
+    logp = tree_logps(model, prompts, responses, parent, temperature, largest=largest)
     return logp.new_zeros(B, G, T).masked_scatter(mask, logp)
 
 # %% ../nbs/12_rollout.ipynb #74a8d3f2
@@ -102,13 +105,17 @@ def cut_by_tokens(
     group: int = 1,          # rows that follow one another and stay together while they fit
 ) -> list[list[int]]:
     "Rows in order of falling length, cut into parts; what exceeds the budget by itself is cut; one row is not."
-    fits = lambda rows: len(rows) * (max(prompt[i] for i in rows) + max(response[i] for i in rows)) <= budget
     length = lambda rows: max(prompt[i] + response[i] for i in rows)
-    whole, out = True, list[list[int]]()
+    out, P, T, whole = list[list[int]](), 0, 0, False                        # P, T: of the last part, if that is whole
     groups = [list(range(i, i + group)) for i in range(0, len(prompt), group)]
     for rows in sorted(groups, key=length, reverse=True):
-        if whole and out and fits(out[-1] + rows): out[-1] += rows
-        elif whole := fits(rows) or group == 1: out.append(rows)
+        p, t = max(prompt[i] for i in rows), max(response[i] for i in rows)
+        if whole and (len(out[-1]) + len(rows)) * (max(P, p) + max(T, t)) <= budget:
+            out[-1] += rows
+            P, T = max(P, p), max(T, t)
+        elif whole := len(rows) * (p + t) <= budget or group == 1:
+            out.append(rows)
+            P, T = p, t
         else:
             parts = cut_by_tokens([prompt[i] for i in rows], [response[i] for i in rows], budget)
             out += [[rows[j] for j in part] for part in parts]
@@ -201,22 +208,21 @@ class HFSampler:
     top_k: int = 0             # likeliest tokens that `token_confidence` is the mean over; 0: leave it out
     stop: Sequence[str] = ()   # strings that end a response, besides EOS
     tokens: int = 2**16        # to hold as keys and values at a time, of prompts and responses
-    first: int = 0             # number of the first prompt, where the prompts are a share of a longer list
 
     def __post_init__(self): _check_options(self.max_new_tokens, self.temperature, self.top_k, self.stop)
 
     def __call__(self, prompts: Sequence[str], n: int, seed: int = 0) -> Rollouts:
         device, whole = next(self.model.parameters()).device, dict[str, Tensor]()
-        batch = _tokenize(self.tokenizer, prompts, n).to(device)
+        ids, mask = asked = [x.to(device) for x in _tokenize(self.tokenizer, prompts, n)]
         ended = _ending(self.tokenizer, _eos_ids(self.model, self.tokenizer), self.stop, device)
         with at_rest(self.model), adapter_added(self.model):
-            for b, g in self.batches(batch.attention_mask.sum(-1).tolist(), n):
-                P = int(batch.attention_mask[b].sum(-1).max())
-                u = uniforms(seed, b + self.first, g, self.max_new_tokens).to(device)
-                asked = batch.input_ids[b, -P:], batch.attention_mask[b, -P:]
-                for k, v in sample(self.model, *asked, u, ended, self.temperature, self.top_k).items():
+            for b, g in self.batches(mask.sum(-1).tolist(), n):
+                P = int(mask[b].sum(-1).max())
+                u = uniforms(seed, b, g, self.max_new_tokens).to(device)
+                drawn = sample(self.model, ids[b, -P:], mask[b, -P:], u, ended, self.temperature, self.top_k)
+                for k, v in drawn.items():
                     whole.setdefault(k, v.new_zeros(len(prompts), n, *v.shape[2:]))[b[:, None], g] = v
-        return _rollouts(self.tokenizer, batch, self.temperature, **whole)
+        return _rollouts(self.tokenizer, asked, self.temperature, **whole)
 
     def batches(self, lengths: Sequence[int], n: int) -> Iterator[tuple[Tensor, Tensor]]:
         "Indices of questions and of responses: every response to every question once, the longest prompts first."
@@ -233,12 +239,16 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int, stop: Se
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop must be a list of strings that are not empty; it is {stop!r}")
 
-def _tokenize(tokenizer: Any, prompts: Sequence[str], n: int) -> Any:
+def _tokenize(tokenizer: Any, prompts: Sequence[str], n: int) -> tuple[Tensor, Tensor]:
+    "Tokens of the prompts, padded on the left, and their mask."
     if not len(prompts): raise ValueError("prompts is empty: there is nothing to answer")
     if n < 1: raise ValueError(f"n must be at least 1; it is {n}")
     ids = [_open_ended(tokenizer, text, x) for text, x in zip(prompts, tokenizer(list(prompts)).input_ids)]
     if not all(ids): raise ValueError("a prompt has no tokens: there is nothing to continue")
-    return tokenizer.pad({"input_ids": ids}, padding=True, padding_side="left", return_tensors="pt")
+    P, pad = max(map(len, ids)), tokenizer.pad_token_id
+    if pad is None: raise ValueError("the tokenizer has no pad_token: set it, to eos_token if need be")
+    padded, mask = [[pad] * (P - len(x)) + x for x in ids], [[0] * (P - len(x)) + [1] * len(x) for x in ids]
+    return torch.tensor(padded), torch.tensor(mask)
 
 def _open_ended(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
     "The tokens of a prompt without an EOS that the tokenizer put behind it: after that there is nothing to say."
@@ -246,7 +256,7 @@ def _open_ended(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
     added = ids and ids[-1] == eos and tokenizer(text, add_special_tokens=False).input_ids[-1:] != [eos]
     return ids[:-1] if added else ids
 
-def _rollouts(tokenizer: Any, batch: Any, temperature: float, truncated: Tensor, **columns: Tensor) -> Rollouts:
+def _rollouts(tokenizer: Any, asked: Any, temperature: float, truncated: Tensor, **columns: Tensor) -> Rollouts:
     "From columns (B, G, T), cut to the longest response, with padding and text."
     n, T = truncated.shape[1], int(columns["mask"].sum(-1).max())
     columns = {k: v[..., :T] for k, v in columns.items()}
@@ -254,7 +264,7 @@ def _rollouts(tokenizer: Any, batch: Any, temperature: float, truncated: Tensor,
     flat = tokenizer.batch_decode(columns["response_ids"].flatten(0, 1), skip_special_tokens=True)
     text = [flat[i:i + n] for i in range(0, len(flat), n)]
     reward = torch.zeros_like(columns["logp"][..., 0])
-    return Rollouts(batch.input_ids, batch.attention_mask, reward=reward, truncated=truncated, text=text,
+    return Rollouts(asked[0], asked[1], reward=reward, truncated=truncated, text=text,
                     temperature=temperature, **columns)
 
 # %% ../nbs/12_rollout.ipynb #f6739f39
@@ -263,7 +273,9 @@ def grade(
     problems: Sequence[Problem],           # the problem of each question
     verify: Callable[[str, str], bool],    # text, reference answer → right or wrong
 ) -> Rollouts:
-    "The rollouts with `reward` 1 where `verify` says so and the response ended by itself, else 0."
+    """The rollouts with `reward` 1 where `verify` says so and the response ended by itself, else 0.
+
+    Raises `ValueError` if there are not as many problems as questions, or for a verdict that is no bool, 0 or 1."""
     if len(rollouts) != len(problems):
         raise ValueError(f"there are {len(rollouts)} questions and {len(problems)} problems")
     graded = [[_verdict(verify(t, p.answer)) for t in ts] for ts, p in zip(rollouts.text, problems)]
@@ -343,7 +355,7 @@ def _started(
                "max_logprobs": max(20, top_k)} | ({"enable_lora": True, "max_lora_rank": room} if lora_rank else {})
     self.llm = LLM(model=str(model_path), **options | engine)
     self.lora_rank, self.adapter, self.folder = lora_rank, None, tempfile.TemporaryDirectory()
-    self.first, self.device = 0, torch.device("cpu")
+    self.device = torch.device("cpu")
 
 # %% ../nbs/12_rollout.ipynb #8b21d4f6
 def _give_adapter(self: Any, policy: Any) -> None:
@@ -388,7 +400,7 @@ def _raw(self: Any, asked: list[list[int]], ids: list[list[int]]) -> list:
 def _answers(self: Any, asked: list[list[int]], n: int, seed: int) -> list:
     "n answers to each question, whose draws its number decides."
     from vllm import SamplingParams
-    seeds = splitmix(torch.tensor(seed), torch.arange(len(asked)) + self.first) >> 2 & (1 << 61) - 1
+    seeds = splitmix(torch.tensor(seed), torch.arange(len(asked))) >> 2 & (1 << 61) - 1
     options = dict(n=n, temperature=self.temperature, max_tokens=self.max_new_tokens, stop=self.stop)
     params = [SamplingParams(seed=s, logprobs=self.top_k, **options) for s in seeds.tolist()]
     return [a for q in _asked(self, asked, params) for a in sorted(q.outputs, key=lambda a: a.index)]
@@ -396,8 +408,8 @@ def _answers(self: Any, asked: list[list[int]], n: int, seed: int) -> list:
 def _confidence(top: dict, k: int) -> float: return -sum(sorted(p.logprob for p in top.values())[-k:]) / k
 
 def _sampled(self: Any, prompts: Sequence[str], n: int, seed: int = 0) -> Rollouts:
-    batch = _tokenize(self.tokenizer, prompts, n).to(self.device)
-    asked = [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask)]
+    batch = [x.to(self.device) for x in _tokenize(self.tokenizer, prompts, n)]
+    asked = [ids[mask.bool()].tolist() for ids, mask in zip(*batch)]
     answers = _answers(self, asked, n, seed)
     ids, drawn = [list(a.token_ids) for a in answers], [a.logprobs for a in answers]
     raw = drawn if self.temperature == 1 else _raw(self, [asked[i // n] for i in range(len(ids))], ids)

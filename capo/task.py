@@ -9,7 +9,7 @@ __all__ = ['Fact', 'FACTS', 'SMALL', 'Page', 'INSTRUCTION', 'Problem', 'last_int
            'with_template', 'pretrained', 'load_tokenizer', 'load_model', 'template_options', 'prompts_for']
 
 # %% ../nbs/11_task.ipynb #32c03199
-import json, random, re
+import json, random, re, textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -153,9 +153,7 @@ SMALL = 5_000_000 # weights
 def limit_threads(
     model: nn.Module, # about to be trained or sampled from
 ) -> int:
-    """One thread for this process if the model has fewer than `SMALL` weights; returns the number of threads.
-
-    Its operations are too short to be shared: a run takes 41 s on one thread, minutes on two of a busy machine."""
+    "One thread for this process if the model has fewer than `SMALL` weights; returns the number of threads."
     if sum(p.numel() for p in model.parameters()) < SMALL: torch.set_num_threads(1)
     return torch.get_num_threads()
 
@@ -286,7 +284,8 @@ def with_template(
         text = "\n".join(filter(None, (question, None if r"\boxed" in question else instruction)))
         if tokenizer is None: return "\n\n".join(filter(None, (system, text)))
         chat = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": text}]
-        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options)
+        try: prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options)
+        except Exception as e: raise ValueError(f"the chat template fails: {e}") from None  # its own words, often
         return prompt.removeprefix(start or "")
     return [replace(p, prompt=render(p.prompt)) for p in problems]
 
@@ -299,7 +298,7 @@ def pretrained(
     "`from_pretrained`, with an error of one sentence."
     try: return kind.from_pretrained(name, **options)
     except Exception as e:                                 # libraries raise whatever they like here
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        why = textwrap.shorten(str(e), 400, placeholder=" …") or type(e).__name__
         raise ValueError(f"{name} cannot be loaded: {why}") from None
 
 def load_tokenizer(
@@ -315,7 +314,9 @@ def load_tokenizer(
     if adapter.is_file():
         if not (folder / "tokenizer_config.json").is_file():
             return load_tokenizer(json.loads(adapter.read_text())["base_model_name_or_path"], remote_code)
-    elif pretrained(AutoConfig, name, trust_remote_code=remote_code).vocab_size == len(own): return own
+    else:
+        config = pretrained(AutoConfig, name, trust_remote_code=remote_code)
+        if config.get_text_config().vocab_size == len(own): return own
     tokenizer = pretrained(AutoTokenizer, name, trust_remote_code=remote_code)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -343,12 +344,12 @@ def _with_adapter(folder: str, dtype: str, remote_code: bool) -> Any:
 
 # %% ../nbs/11_task.ipynb #4c838d66
 def template_options(
-    text: str, # "enable_thinking=false, budget=1024"
+    text: str, # "enable_thinking=false, budget=1024, pair=[1,2]"
 ) -> dict[str, Any]:
-    "Options of a chat template as they are typed. Raises `ValueError` for what is not NAME=VALUE."
-    pairs = [x.partition("=") for x in filter(None, map(str.strip, text.split(",")))]
+    "Options of a chat template, or of a method, as they are typed. Raises `ValueError` for what is not NAME=VALUE."
+    pairs = [x.partition("=") for x in filter(None, map(str.strip, re.findall(r"(?:\[[^]]*\]|[^,])+", text)))]
     wrong = next((name for name, equals, _ in pairs if not equals or not name.strip().isidentifier()), None)
-    if wrong is not None: raise ValueError(f"chat options are NAME=VALUE, such as enable_thinking=false; not {wrong!r}")
+    if wrong is not None: raise ValueError(f"options are NAME=VALUE, such as on=false or eps=[0.2,0.3]; not {wrong!r}")
     def value(x: str) -> Any:
         try: return json.loads(x.lower() if x.lower() in ("true", "false") else x)
         except ValueError: return x

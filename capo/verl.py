@@ -91,13 +91,13 @@ def trusted(
 # %% ../nbs/51_verl.ipynb #26f7a5eb
 def capo_estimator(
     token_level_rewards: Tensor,           # what every estimator of verl is passed
-    response_mask: Tensor,
+    response_mask: Tensor,                 # 1 on the policy's own tokens
     config: Any = None,                    # verl's `algorithm` section
     index: Any = None,                     # the question of each response
     batch: Mapping[str, Tensor] | None = None, # the tensors, in versions of verl that pass them
-    **more: Any,
+    **more: Any,                           # what other estimators need
 ) -> tuple[Tensor, Tensor]:
-    "Advantages and returns, which are the same."
+    "Advantages and returns `(N, T)`, which are the same. Raises `ValueError` if verl passes no batch."
     if batch is None: raise ValueError("verl passed no batch to the estimator capo: is the plugin capo.verl loaded?")
     A = batch_advantages(batch, index, options_of(config))
     return A, A

@@ -77,7 +77,8 @@ def two_runs(B=30, G=6):
 ROOT = Path(__file__).parents[1]
 
 
-MODULES = "calibration surrogate logprob grpo advantage mask task rollout evaluate folder recipe train compare".split()
+MODULES = ("calibration surrogate logprob grpo advantage mask task rollout evaluate folder recipe baselines "
+           "train compare").split()
 
 
 def load():

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import select
 import signal
 import subprocess
@@ -17,8 +18,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import capo.answer as answer
-from capo.answer import (IDLE, Helper, asked, boxed, canonical, equal_answers, extract_answer, group_answers,
-                         math_verify, same_answer, same_answers, stated, tidy)
+from capo.answer import (CLAIM, FORMULA, IDLE, Helper, asked, boxed, canonical, equal_answers, extract_answer,
+                         group_answers, math_verify, same_answer, same_answers, stated, tidy)
 
 CASES = [json.loads(line) for line in (Path(__file__).parent/"data"/"answers.jsonl").read_text("utf-8").splitlines()]
 EQUAL, GRADE = ([c for c in CASES if c["kind"] == kind] for kind in ("equal", "grade"))
@@ -93,6 +94,27 @@ pieces = st.lists(st.sampled_from(PIECES), max_size=7).map("".join)
 def test_equality_is_symmetric_whatever_is_written(a, b):
     for f in (equal_answers, same_answer): assert f(a, b, 1.) is f(b, a, 1.)
     assert extract_answer(a) != ""
+
+
+WRITES = ["$", r"\(", r"\)", r"\[", r"\]", r"\boxed{", r"\fbox {", r"\\", "\\", "\n", "1,234", "3/4", "sin", "ln",
+          "cosh", "Asin", "US$5", "A$3", "AUS$2", "the ", "Word", "anSwer is ", "The answer: ", "right choice is ",
+          "#### ", "step ", "E5", "<think>", "</think>", "<answer>", "</answer>", "<confidence>", "wait", "(B)", " of "]
+written = st.lists(st.sampled_from(PIECES + WRITES), max_size=14).map("".join) | st.sampled_from(
+    [text for case in CASES for text in case["input"]])
+EVERY_START = re.compile(FORMULA.pattern[FORMULA.pattern.index("(?:\n"):], re.X)     # without what passes over prose
+EVERY_CLAIM = re.compile(CLAIM.pattern.removeprefix(r"(?=[acr\#])"), CLAIM.flags)
+
+
+@given(written)
+@settings(max_examples=500)
+def test_what_makes_reading_fast_changes_no_match(text):
+    for fast, slow in ((FORMULA, EVERY_START), (CLAIM, EVERY_CLAIM)):
+        assert [m.span() for m in fast.finditer(text)] == [m.span() for m in slow.finditer(text)]
+
+
+@given(st.lists(st.sampled_from(["{", "}", r"\{", r"\\", "a", r"\text{", "\n"]), max_size=8).map("".join), written)
+def test_what_comes_before_the_first_box_does_not_matter(before, text):
+    assert boxed(before + " " + text) == boxed(text)
 
 
 @given(st.text(min_size=1))

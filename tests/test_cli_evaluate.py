@@ -5,12 +5,16 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
-import capo.sample as lib
+import capo.batches as lib
 from capo import cli
 from capo.cli import main
 from capo.folder import fingerprint, same_run
@@ -80,6 +84,7 @@ def test_a_finished_run_is_not_sampled_again(capsys, monkeypatch):
 
 def child(kill_at):
     "The run in a process of its own, which may kill itself in the middle of a batch."
+    tqdm.set_lock(threading.RLock())          # the usual one is shared with forked processes, and a killed one keeps it
     if kill_at is not None:
         calls, lines = [], lib.response_lines
         def torn(rows):
@@ -223,6 +228,73 @@ def test_prompts_are_what_the_model_expects():
     assert prompts_for(p, chatty, chat=False, instruction="")[0].prompt == "1+1="
 
 
+# Several models.
+
+@pytest.fixture
+def another():
+    "A model beside the one that ships."
+    tiny_lm(16, 1, 2).save_pretrained("runs/other/policy")
+    return [*RUN[:3], "runs/other/policy", *RUN[3:]]
+
+
+def test_several_models_are_compared(another, capsys, caplog):
+    assert main(another) == 0
+    said = capsys.readouterr()
+    assert "minus the first, paired" in said.out and "out/report.html" in said.out
+    assert caplog.text.count("without a chat template, so it reads plain text; the first prompt is") == 2
+    for name in ("tiny", "policy"):
+        assert sorted(p.name for p in Path("out", name).iterdir()) == ["config.json", "responses.jsonl"]
+    assert [*json.loads(Path("out/summary.json").read_text())["sets"]] == ["tiny", "policy"]
+    assert main([*RUN[:-1], "alone"]) == 0
+    assert Path("alone/responses.jsonl").read_bytes() == Path("out/tiny/responses.jsonl").read_bytes()
+
+
+def test_another_model_joins_and_what_is_done_is_not_loaded(another, monkeypatch):
+    assert main(another) == 0
+    before = {p: Path(p).read_bytes() for p in files() if "responses" in p}
+    tiny_lm(16, 1, 2, seed=1).save_pretrained("third")
+    loaded, load = [], cli.load_model
+    monkeypatch.setattr(cli, "load_model", lambda name, *a: loaded.append(name) or load(name, *a))
+    assert main([*another[:4], "third", *another[4:]]) == 0 and loaded == ["third"]
+    assert {p: Path(p).read_bytes() for p in before} == before
+    assert len(json.loads(Path("out/summary.json").read_text())["sets"]) == 3
+
+
+def test_several_models_killed_in_between_go_on(another, monkeypatch):
+    def stop(*a, **how): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(cli, "report", stop)
+        assert main(another) == 130
+    whole = Path("out/policy/responses.jsonl").read_bytes()
+    Path("out/policy/responses.jsonl").write_bytes(whole[:len(whole) // 2])
+    assert main(another) == 0 and Path("out/policy/responses.jsonl").read_bytes() == whole
+
+
+def test_several_models_are_refused_before_anything_is_loaded(another, capsys):
+    assert "model must name different models" in complaint(capsys, *RUN[:3], "tiny", *RUN[3:])
+    assert "there is no folder ./none" in complaint(capsys, *RUN[:3], "./none", *RUN[3:])
+    assert not Path("out").exists()
+    assert main(RUN) == 0                                    # of one model
+    assert "out holds another run" in complaint(capsys, *another)
+    assert main([*another[:-1], "both"]) == 0
+    assert "both holds another run" in complaint(capsys, *RUN[:-1], "both")
+    assert "its n was 3 and is 2" in complaint(capsys, *another[:-1], "both", "-n", "2")
+
+
+def test_folders_of_models_have_names_of_their_own():
+    models = ["tiny", "org/one", "a/policy/", "b/../c/policy", "./"]
+    names = [p.name for p in cli.model_folders(models, Path("out")).values()]
+    assert names == ["tiny", "one", "a-policy", "b-..-c-policy", Path.cwd().name]
+    assert cli.model_folders(["org/one"], Path("out")) == {"org/one": Path("out")}
+
+
+def test_the_time_left_is_said_once_after_the_first_batch(caplog):
+    assert main(RUN) == 0
+    assert len(re.findall(r"by its first 6 responses, tiny will take \d+:\d\d:\d\d more", caplog.text)) == 1
+    caplog.clear()
+    assert main(RUN) == main([*RUN[:-1], "one", "--batch", "10"]) == 0 and "will take" not in caplog.text
+
+
 # The report.
 
 def recorded(path, n=3, flip=False, extra=""):
@@ -273,6 +345,14 @@ def test_a_report_of_nothing_is_a_sentence(capsys, content, words):
     assert words in complaint(capsys, "report", "a.jsonl", "--out", "out") and not Path("out").exists()
 
 
+def test_a_reader_who_has_seen_enough_is_no_error():
+    recorded("a.jsonl")
+    typed = "set -o pipefail; PYTHONPATH=$1 $2 -m capo report a.jsonl --out new | head -c 3"
+    root = Path(cli.__file__).parents[1]
+    run = subprocess.run(["bash", "-c", typed, "", root, sys.executable], capture_output=True, text=True)
+    assert run.stdout == "Its" and run.returncode in (0, 141) and "Broken pipe" not in run.stderr
+
+
 def test_bad_options_of_a_report(capsys):
     recorded("a.jsonl")
     for options, words in (("--by x", "there is no confidence x"), ("--precision 2", "precision must lie"),
@@ -287,3 +367,14 @@ def test_what_vllm_cannot_do_is_said(capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     assert 'pip install "capo-rl[vllm]"' in complaint(capsys, *RUN[:2], "m", *RUN[3:], "--vllm")
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("half, chosen", [(.5, "bfloat16"), (.9, "float32"), (5., "float32")])
+def test_a_precision_that_is_measured_is_said_and_kept(monkeypatch, caplog, half, chosen):
+    seconds = {torch.float32: 1e-3, torch.bfloat16: half * 1e-3}
+    monkeypatch.setattr("capo.policy.product_seconds", seconds.__getitem__)
+    write_sums()
+    command = ["evaluate", *"--model tiny --data sums.jsonl -n 2 --max-new-tokens 8 --out out".split()]
+    assert main([*command, "--dtype", "measured"]) == 0
+    assert f"{chosen}, since a product takes 1.00 ms in float32 and {half:.2f} in bfloat16" in caplog.text
+    assert json.loads(Path("out/config.json").read_text())["run"]["dtype"] == chosen

@@ -105,7 +105,7 @@ BAD = {
         "row 2: column 'answer' must hold an answer, a text or a number; it is None",
     '{"problem": "a", "answer": ""}': "row 1: column 'answer' must hold",
     '{"problem": "a", "answer": true}': "row 1: column 'answer' must hold",
-    '{"problem": "a", "answer": ["1"]}': "row 1: column 'answer' must hold",
+    '{"problem": "a", "answer": ["1", "2"]}': "row 1: column 'answer' must hold",
     '{"problem": "a", "answer": 1}\n{"problem"': "cannot be read as json", "": "cannot be read as json: it is empty",
     "[]": "cannot be read as json",
 }
@@ -181,6 +181,7 @@ SHAPES = {
     "TRL, conversation": {"prompt": ASK, "solution": r"\boxed{18}"},
     "OpenAI": {"messages": [*ASK, {"role": "assistant", "content": "36/2 = 18\n#### 18"}]},
     "number": {"question": "Half of 36?", "final_answer": 18.0},
+    "list of one": {"prompt": ASK, "reward_model": {"ground_truth": ["18"]}},
 }
 
 

@@ -1,5 +1,7 @@
 "The numbers of an evaluation, each computed another way."
+import csv
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,8 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from capo.calibration import group_auc
-from capo.evaluate import (NUMBERS, Missing, Responses, Table, accuracy, assess, auc_of_each, blocks, evaluate,
-                           most_confident, padded, paired, statistics)
+from capo.evaluate import (FEWEST, FEWEST_PAIRED, NUMBERS, Missing, Responses, Table, accuracy, assess, auc_of_each,
+                           blocks, evaluate, most_confident, padded, paired, reliable, statistics)
 from capo.interval import (bootstrap, correlation, influence, interval, question_mean, mean_over, ranked,
                            resamples, student,
                            weighted_area, weighted_auc, weighted_ece, weighted_prr, wilson)
@@ -208,6 +210,26 @@ def test_wilson_by_hand():
 def test_zeros_and_ones_get_wilsons_interval_for_independent_replies():
     x = torch.tensor([1.] * 9 + [0.])
     assert interval(*influence(question_mean(x), 10), 10, True) == pytest.approx(wilson(.9, 10, student(10**6)))
+
+
+@given(st.lists(st.sampled_from([0, 0, .25, .5, 1]), min_size=3, max_size=30).filter(lambda x: len(set(x)) > 1))
+def test_a_mean_of_shares_takes_students_quantile_for_the_part_of_its_variance_that_is_estimated(x):
+    x = torch.tensor(x, dtype=torch.float64)
+    n, m, z = len(x), x.mean().item(), student(10**6)
+    estimated = (x * (1 - x)).mean().item() / (m * (1 - m))
+    replies = m * (1 - m) * (n - 1) / x.var(correction=0).item()
+    want = wilson(m, replies + 1 - estimated, z + estimated * (student(n - 1) - z))
+    assert interval(*influence(question_mean(x), n), n, True) == pytest.approx(want)
+
+
+def test_every_interval_that_is_shown_held_what_it_says():
+    "`benchmarks/coverage.csv`: the share of simulated runs whose interval holds the truth."
+    rows = list(csv.DictReader(open(Path(__file__).parents[1] / "benchmarks" / "coverage.csv")))
+    assert {int(r["questions"]) for r in rows} == {10, 30, 100, 300} and all(int(r["runs"]) >= 1000 for r in rows)
+    assert {r["row"] for r in rows} == {*NUMBERS} - {"rpc"}                      # a mean over questions as well
+    fewest = {"one run": FEWEST, "difference": FEWEST_PAIRED}
+    shown = [r for r in rows if reliable(r["row"], int(r["questions"]), fewest[r["table"]])]
+    assert [r for r in shown if not .93 <= float(r["covered"]) <= .97] == [] and len(shown) > 170
 
 
 def test_the_threshold_is_chosen_on_one_half_and_checked_on_the_other():

@@ -5,9 +5,10 @@ import pytest
 import torch
 import transformers as hf
 
-from capo.logprob import can_share
 from capo.policy import with_lora
 from capo.rollout import HFSampler, plain_rollout_logps, rollout_logps
+from capo.task import load_model, load_tokenizer
+from capo.tree import can_share
 from helpers import run, small, tokenizer
 
 IDS = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
@@ -106,3 +107,10 @@ def test_experts_get_an_adapter_too():
 def test_layers_that_peft_refuses_are_named_with_the_setting():
     with pytest.raises(ValueError, match="'out_proj' is incompatible .*lora_targets names the layers"):
         with_lora(family("FalconH1"), 2)
+
+
+def test_a_model_that_also_sees_is_loaded_from_its_folder(tmp_path):
+    family("Gemma3").save_pretrained(tmp_path); tokenizer.save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path))) == 16
+    loaded, ids = load_model(str(tmp_path)), torch.arange(2, 9)[None]
+    with torch.no_grad(): torch.testing.assert_close(loaded(ids).logits, family("Gemma3")(ids).logits)

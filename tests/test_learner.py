@@ -1,20 +1,23 @@
 "The update in parts and in low precision, schedules, the KL, weights of tokens; settings by file and command line."
 import json
 import math
+import sys
 from dataclasses import fields, replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
 
 from capo import cli
 from capo.grpo import clipped_loss, kl_penalty
-from capo.logprob import can_share
 from capo.recipe import Recipe, capo, grpo, grpo_size, together
-from capo.folder import LOGS, Checkpoints, Logs, TensorBoardLog
+from capo.folder import LOGS, Checkpoints, Logs, TensorBoardLog, settings
 from capo.rollout import HFSampler, cut_by_tokens, parts, rollout, rollout_logps, score
 from capo.keep import keeping
-from capo.run import RunConfig
-from capo.train import Learner, TrainConfig, accumulate, batches, learning_rate, prepare
+from capo.run import RunConfig, run as run_folder
+from capo.train import Learner, TrainConfig, accumulate, batches, learning_rate, prepare, train
+from capo.tree import can_share
 from helpers import has_a_seven, model, problems, run, small, tokenizer, weights
 
 
@@ -28,8 +31,8 @@ def test_the_default_loop_is_the_plain_one():
     "Written out: sample, advantage, two halves, AdamW. Every weight is equal to the last bit where no advantage is 0."
     config, policy, advantage = replace(small, updates=2), model(), lambda r, step: grpo().advantage(r, step) + .125
     result = run(replace(grpo(), advantage=advantage), config)
-    optimizer, sampler = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.), HFSampler(policy,
-        tokenizer, 16)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0., fused=True)
+    sampler = HFSampler(policy, tokenizer, 16)
     for step, batch in enumerate(batches(problems, config), 1):
         r = rollout(sampler, batch, 4, has_a_seven, seed=step)
         A = advantage(r, step)
@@ -86,7 +89,9 @@ def test_what_has_no_advantage_is_not_computed_and_changes_nothing(recipe, budge
     asked = r.prompt_mask.sum(-1)[taught.any(1)].sum()
     rows = {(b, *ids[m.bool()].tolist()) for b in range(12) for ids, m,
             t in zip(r.response_ids[b], r.mask[b], taught[b]) if t}
-    if not budget: assert sum(read) == asked + sum(len(row) - 2 for row in rows)   # a response twice is read once
+    # a beginning that responses share is read once, and their last token is not
+    beginnings = {row[:n] for row in rows for n in range(2, len(row))}
+    if not budget: assert sum(read) == asked + len(beginnings)
     read.clear()
     learner.clear()
     numbers = accumulate(fast, learner, recipe, r, torch.zeros_like(r.reward), config)
@@ -245,9 +250,41 @@ def test_tensorboard_gets_every_number(tmp_path):
 def test_other_logs_where_they_are_installed(name, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline"); monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     module = pytest.importorskip(name)
-    LOGS[name](tmp_path)({"step": 1, "reward": .5})
-    module.finish()
+    for step in (1, 2): # in two lives of one run
+        LOGS[name](tmp_path)({"step": step, "reward": .5})
+        module.finish()
     assert any(p.is_file() for p in tmp_path.rglob("*"))
+
+
+class Dashboard(ModuleType):
+    "As much of wandb and trackio as is used: runs by their id, or name, that are begun once and gone on with."
+    def __init__(self, name, server):
+        super().__init__(name)
+        self.__spec__, self.server = ModuleSpec(name, None), server
+
+    def init(self, name, resume, id=None, **where):
+        key = id or name
+        if key in self.server and resume != "allow": raise ValueError("there is such a run")
+        self.rows = self.server.setdefault(key, [])
+        return self
+
+    def log(self, row, step): self.rows.append((step, row))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_run_that_goes_on_is_one_run_elsewhere(name, tmp_path, monkeypatch):
+    "Stopped after two of four steps, and gone on with by another process."
+    server = {}
+    options = dict(model="tiny", data="arithmetic", questions=4, group_size=4, log=name, verify_seconds=0.)
+    options |= dict(validation="arithmetic", validation_size=2, validation_samples=2, eval_every=2, method="grpo")
+    for steps, resume in ((2, False), (4, True)):
+        monkeypatch.setitem(sys.modules, name, Dashboard(name, server))
+        run_folder(settings(RunConfig, options | {"steps": steps}), tmp_path / "run", resume, accept_changes=resume)
+    rows, = server.values()
+    trained = [step for step, row in rows if "reward" in row]
+    assert trained == [1, 2, 3, 4] and {s for s, row in rows if "validation/accuracy" in row} == {0, 2, 4}
+    assert [s for s, _ in rows] == sorted(s for s, _ in rows)                       # wandb drops what goes back
+    assert all("step" not in row for _, row in rows) or name == "wandb"
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "run.json"])
@@ -311,7 +348,7 @@ def test_a_run_from_a_file_with_lora_and_a_chat_template(tmp_path, capsys, monke
                      "--steps", "2", "--out", "run", *common]) == 0
     said = capsys.readouterr().out
     assert 'AutoPeftModelForCausalLM.from_pretrained("run/checkpoint-000002/policy")' in said
-    assert f"vllm serve {tmp_path}/base --enable-lora --max-lora-rank 2" in said
+    assert f"vllm serve {tmp_path}/base --enable-lora --max-lora-rank 8" in said   # vLLM's smallest
     assert AutoPeftModelForCausalLM.from_pretrained("run/checkpoint-000002/policy").peft_config["default"].r == 2
     assert (tmp_path / "run/log.csv").read_text().splitlines()[0].endswith(",lr,seconds,tokens_per_second,memory")
     assert len((tmp_path / "run/evals.csv").read_text().splitlines()) == 3
@@ -323,3 +360,12 @@ def test_a_run_from_a_file_with_lora_and_a_chat_template(tmp_path, capsys, monke
     assert cli.main(["train", "--resume", "run"]) == 0 and Checkpoints("run").all()[-1].name == "checkpoint-000003"
     with open("problems.jsonl", "a") as f: f.write(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
     assert cli.main(["train", "--resume", "run"]) == 2 and "the problems are others" in capsys.readouterr().err
+
+
+def test_tiny_numbers_are_zero_while_training_and_not_after():
+    seen, config = [], TrainConfig(steps=1, questions=2, group_size=2, max_new_tokens=2)
+    def halves(*_): return seen.append((torch.full((64,), 1e-39) / 2).max().item()) or {}
+    train(model(), tokenizer, problems, grpo(), evaluate=halves, config=config)
+    halves()
+    possible = torch.set_flush_denormal(False)
+    assert seen[-1] > 0 and (not possible or seen[:-1] == [0, 0])

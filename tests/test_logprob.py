@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from capo.logprob import anatomy, gather_logps, head_logps, mean_logp, perplexity, can_share, token_logps
+from capo.logprob import anatomy, gather_logps, head_logps, mean_logp, perplexity, token_logps
+from capo.tree import can_share
 from helpers import V, each_model, llama, model_of
 
 

@@ -168,10 +168,14 @@ def test_a_budget_that_memory_asks_for_changes_no_gradient(monkeypatch, caplog):
     assert parted["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
-def test_a_model_without_a_cache_is_refused():
+def test_a_model_whose_cache_is_missing_or_cannot_move_its_rows_is_refused():
     import transformers as hf
-    mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4)).eval()
-    with pytest.raises(ValueError, match="has no key–value cache"): HFSampler(mamba, tokenizer, 4)(asked, 2)
+    mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4))
+    size = dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    minimax = hf.MiniMaxForCausalLM(hf.MiniMaxConfig(**size, num_key_value_heads=1, head_dim=8, num_local_experts=2))
+    for refused in (mamba, minimax):
+        with pytest.raises(ValueError, match="has no key–value cache whose rows can move"):
+            HFSampler(refused.eval(), tokenizer, 4)(asked, 2)
 
 
 def opt():

@@ -277,6 +277,21 @@ def test_one_question_and_one_class(tmp_path):
         assert f"all responses are {'right' if right else 'wrong'}" in said and "few questions" in said
 
 
+def test_what_is_odd_and_what_is_within_noise_reads_as_sentences(files, tmp_path):
+    path = write(tmp_path / "sums.jsonl", [{"id": i, "correct": i % 2, "lpm": -100 - i} for i in range(40)])
+    assert "are they sums?" in str(report(path)) and "?." not in str(report(path))
+    said = " ".join(str(report(files)).split("\n\n")[0].split())
+    assert re.match(r"On the 12 questions that both answer, capo is (better|worse|no better .*) than grpo", said)
+    assert re.search(r"AUC, pooled \([+-]\d\.\d{3}\)", said)
+
+
+def test_columns_of_confidences_that_nothing_fills_are_left_out(tmp_path):
+    row = lambda i: {"id": i, "correct": i % 3 > 0, "confidence": i / 40, "score": i % 7}
+    table = next(x for x in str(report(write(tmp_path / "one.jsonl", map(row, range(40))))).split("\n\n")
+                 if x.startswith("one  ") and "confidence" in x)
+    assert "AUC, pooled" in table and "AUC-mean" not in table and "brevity" not in table
+
+
 def test_nothing_but_empty_responses(tmp_path):
     said = str(report(gather({"id": i // 2, "correct": 0, "length": 0} for i in range(8)), tmp_path / "out"))
     assert "Empty, and wrong: 8" in said.replace("\n", " ") and "0.000" in said

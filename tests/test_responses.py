@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from capo.batches import cut_to_batches, sample_to_file
 from capo.evaluate import evaluate, padded
-from capo.responses import (Responses, as_responses, read_responses, response_rows, write_responses)
+from capo.responses import Responses, as_responses, read_responses, response_rows, write_responses
 from capo.rollout import HFSampler, Rollouts, rollout
-from capo.sample import cut_to_batches, sample_to_file
 from capo.task import Problem, arithmetic, base_model, last_integer, verify
 
 GOOD = {"id": "a", "response": "So it is 4.", "answer": "4", "reference": "4", "correct": 1, "lpm": -.5}
@@ -315,6 +315,16 @@ def test_another_file_is_left_alone(tmp_path, sampled, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="name a new folder"): run(sampled, path, n=1)
     assert path.read_bytes() == content
+
+
+def test_a_budget_for_comparing_answers(tmp_path):
+    path = tmp_path / "r.jsonl"
+    said = ["5", r"\\boxed{\\sqrt{25}}", r"\\boxed{2\\sqrt{5}}", "9"]
+    path.write_text("".join(f'{{"id": {i}, "response": "{x}", "reference": "5"}}\n' for i, x in enumerate(said)))
+    assert read_responses(path).correct.tolist() == [True, True, False, False]
+    with pytest.warns(UserWarning, match="the budget of 0 s is spent; 2 of 2 pairs are undecided"):
+        r = read_responses(path, budget=0)
+    assert r.unverifiable == 2 and r.correct.tolist() == [True, False, False, False]     # digits need no comparing
 
 
 def test_an_unfinished_first_line_is_cut(tmp_path):

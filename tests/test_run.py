@@ -11,8 +11,9 @@ import torch
 
 from capo import cli
 from capo.folder import Checkpoints, Progress, Watch, plot_runs, settings
+from capo.rollout import HFSampler
 from capo.run import RunConfig, run
-from capo.task import load_model
+from capo.task import arithmetic_tokenizer, load_model, load_tokenizer, prompts_for
 from capo.train import train
 from helpers import model, problems, tokenizer
 
@@ -191,11 +192,63 @@ def test_an_adapter_on_top_of_a_merged_model_loads_by_itself(tmp_path):
     with torch.no_grad(): torch.testing.assert_close(loaded(ids).logits, second.model(ids).logits, rtol=0, atol=1e-5)
 
 
+def test_an_adapter_that_goes_on_is_loaded_as_one(tmp_path, capsys):
+    "Also where its rank was not named again."
+    first = run(config(lora_rank=2, lr=5e-3), tmp_path / "first").checkpoint / "policy"
+    options = [x for k, v in (SHORT | {"model": first}).items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    assert cli.main(["train", *options, "--adapter", "continue", "--out", str(tmp_path / "second")]) == 0
+    said = capsys.readouterr().out
+    assert "from peft import AutoPeftModelForCausalLM" in said and "--max-lora-rank 8 " in said
+    card = (tmp_path / "second/checkpoint-000003/policy/README.md").read_text()
+    assert "library_name: peft" in card
+    assert RunConfig(model="other", data="x.jsonl", adapter="continue").lr == 2e-5
+
+
+@pytest.mark.parametrize("adapter, rank, name, given", [
+    ("", 3, "base", 3), ("continue", 0, "base", 2), ("merge", 0, "base", 0), ("on_top", 3, "second/base", 3)])
+def test_vllm_loads_the_model_below_the_adapter(adapter, rank, name, given, tmp_path, monkeypatch):
+    "A folder with an adapter alone is no model to it; what it gets each step is the adapter, or the weights."
+    seen = []
+
+    class Engine(HFSampler):
+        external = True
+        def __init__(self, model_path, tokenizer, max_new_tokens, temperature, lora_rank=0, **options):
+            seen.append((model_path, lora_rank, options))
+            super().__init__(model(), tokenizer, max_new_tokens, temperature)
+        def sync(self, policy): self.model = policy
+
+    model().save_pretrained(tmp_path / "base"); tokenizer.save_pretrained(tmp_path / "base")
+    common = dict(vllm=True, validation="arithmetic", validation_size=2, validation_samples=2, dtype="float32", steps=1)
+    start = str(tmp_path / "base")
+    if adapter: start = str(run(config(lora_rank=2, model=start, steps=1), tmp_path / "first").checkpoint / "policy")
+    monkeypatch.setattr("capo.run.VLLMSampler", Engine)
+    run(config(model=start, adapter=adapter, lora_rank=rank, **common), tmp_path / "second")
+    (path, lora_rank, options), = seen
+    assert Path(path).resolve() == (tmp_path / name).resolve() and lora_rank == given
+    assert options["dtype"] == "float32" and options["trust_remote_code"] is False
+
+
 def test_prompts_that_are_too_long_are_left_out(tmp_path, caplog):
     run(config(max_prompt_tokens=6, steps=1), tmp_path / "run")
     assert "prompts have more than 6 tokens and are left out" in caplog.text
     with pytest.raises(ValueError, match="every prompt has more than max_prompt_tokens, 1"):
         run(config(max_prompt_tokens=1), tmp_path / "none")
+
+
+def test_what_cannot_be_loaded_says_all_of_the_reason(tmp_path, monkeypatch):
+    "That of a tokenizer has several lines; a chat template has its own words."
+    model().save_pretrained(tmp_path); tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"vocab_size": 17}))  # not ours, which needs no file
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError) as e: load_tokenizer(str(tmp_path))
+    said = str(e.value)
+    assert said.startswith(f"{tmp_path} cannot be loaded: ") and "\n" not in said and not said.endswith(": ")
+    assert "sentencepiece" in said
+    refuses = arithmetic_tokenizer()
+    refuses.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match="the chat template fails: System role not supported"):
+        prompts_for(problems[:1], refuses, system="Be brief.")
 
 
 @pytest.mark.parametrize("start", [["-m", "capo"], ["-m", "capo.cli"]])

@@ -69,6 +69,14 @@ def asked(bench, **options):
 def rows(path): return list(csv.DictReader(open(path)))
 
 
+def test_of_rates_that_are_level_the_lowest_is_taken():
+    rows = lambda *rewards: [{"reward": x} for x in rewards]
+    ends = {1e-4: rows(.1, .2, .3), 2e-4: rows(.4, .5, .6), 4e-4: rows(.4, .5, .7)}     # a standard error of .088
+    assert runner.lowest_of_the_best(ends)[0] == 2e-4
+    assert runner.lowest_of_the_best(ends | {2e-4: rows(.4, .4, .5)})[0] == 4e-4
+    assert runner.lowest_of_the_best({1e-4: rows(.2), 2e-4: rows(.3)})[0] == 2e-4
+
+
 def test_settings_runs_and_records(bench, tmp_path):
     runner.settings(bench, asked(bench, steps=3))
     found = json.loads((bench.work/"settings.json").read_text())

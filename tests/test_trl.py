@@ -1,4 +1,4 @@
-"CAPO in TRL's trainer: its advantages are those of our recipes, in every mode of TRL that changes how a batch is made."
+"CAPO in TRL's trainer, in every mode of TRL that changes how a batch is made; TRL's own methods beside our recipes."
 import json
 import os
 import subprocess
@@ -11,9 +11,11 @@ import torch
 from datasets import Dataset
 
 from capo.advantage import pairwise_advantage
+from capo.baselines import method
 from capo.mask import noise_mask
 from capo.surrogate import logistic
 from capo.task import arithmetic, arithmetic_tokenizer, tiny_lm
+from helpers import rollouts
 
 pytest.importorskip("trl")
 from capo.trl import CAPOConfig, CAPOTrainer, Thresholds, numbers, summaries  # noqa: E402
@@ -185,3 +187,65 @@ def test_without_trl_one_sentence_says_what_to_install():
     code = "import sys; sys.modules['trl'] = None\ntry: import capo.trl\nexcept ImportError as e: print(e)"
     said = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=Path(__file__).parents[1])
     assert "capo.trl needs TRL: pip install" in said
+
+
+def rarely(completions, **_): return [float(i in (0, 5, 6)) for i in range(len(completions))]
+def signed(completions, **_): return [2 * x - 1 for x in rarely(completions)]
+
+
+# Our method, and how TRL is told to do the same with the numbers of the method's source.
+THEIRS = {"grpo": dict(loss_type="grpo"), "dr_grpo": dict(loss_type="dr_grpo", scale_rewards="none"),
+          "dapo": dict(loss_type="dapo", epsilon_high=.28, delta=10.),
+          "gspo": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
+          "cispo": dict(loss_type="cispo", epsilon_high=5.)}
+LONGEST = {"dr_grpo": dict(longest=8)}
+
+
+@pytest.fixture(scope="module", params=THEIRS)
+def rival(request, folder, tmp_path_factory):
+    "A method's name, our recipe, TRL's own trainer."
+    from transformers import AutoModelForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+    args = GRPOConfig(output_dir=str(tmp_path_factory.mktemp("out")), per_device_train_batch_size=8, num_generations=4,
+                      max_completion_length=8, report_to=[], save_strategy="no", bf16=False, use_cpu=True, max_steps=1,
+                      disable_tqdm=True, seed=3, **THEIRS[request.param])
+    reward = signed if request.param == "dapo" else rarely
+    run = GRPOTrainer(AutoModelForCausalLM.from_pretrained(folder), reward_funcs=[reward], args=args,
+                      train_dataset=DATA, processing_class=tokenizer)
+    return method(request.param, **LONGEST.get(request.param, {})), run
+
+
+def theirs(run, logp, old, advantage, mask):
+    "TRL's loss of log-probabilities that are given to it."
+    def given(*args, **options): return (logp, torch.zeros_like(logp), None)[:2 + ("compute_aux_loss" in options)]
+    run._get_per_token_logps_and_entropies = given
+    ids = torch.zeros_like(mask)
+    inputs = dict(prompt_ids=ids[:, :1], prompt_mask=ids[:, :1] + 1, completion_ids=ids, completion_mask=mask,
+                  advantages=advantage, old_per_token_logps=old, num_items_in_batch=mask.sum())
+    return run._compute_loss(run.model.eval(), inputs)
+
+
+@pytest.mark.parametrize("far", [1e-3, .3, 3.])  # the scale of GSPO's clip, of PPO's, of the dual one
+@pytest.mark.parametrize("seed", range(5))
+def test_losses_and_gradients_are_trls(rival, far, seed):
+    (recipe, run), g = rival, torch.Generator().manual_seed(seed)
+    mask = (torch.arange(8) < torch.randint(1, 9, (12, 1), generator=g)).long()
+    old = -2 * torch.rand(12, 8, generator=g, dtype=torch.float64)
+    logp = (old + far * torch.randn(12, 8, generator=g, dtype=torch.float64)).requires_grad_()
+    advantage = torch.randn(12, generator=g, dtype=torch.float64)
+    both = [f(logp, old, advantage, mask) for f in (recipe.loss, lambda *given: theirs(run, *given))]
+    torch.testing.assert_close(*both, rtol=0, atol=1e-6)
+    slopes = [torch.autograd.grad(loss, logp)[0] for loss in both]
+    torch.testing.assert_close(*slopes, rtol=0, atol=1e-6)
+    assert slopes[0].abs().max() > 1e-3 and (slopes[0][mask == 0] == 0).all()
+
+
+def test_advantages_are_trls(rival):
+    recipe, run = rival
+    vars(run).pop("_get_per_token_logps_and_entropies", None)
+    seen, score = [], run._generate_and_score_completions
+    run._generate_and_score_completions = lambda inputs: seen.append(score(inputs)) or seen[-1]
+    run.train()
+    right = torch.tensor(rarely(range(8))).view(2, 4)
+    ours = recipe.advantage(rollouts(torch.full((2, 4), -1.), right.bool()), 1)
+    torch.testing.assert_close(seen[0]["advantages"].view(2, 4).float(), ours, rtol=0, atol=1e-6)

@@ -1,8 +1,10 @@
 """Every method, τ, masks, group sizes and pairs across questions in the small world: ablations.py FOLDER
 
 `FOLDER` may hold an earlier, interrupted run of the same command, which goes on. Three stages, on as many processes as
-there are cores: a small search, the same for every method, on a seed that is not reported; the runs, five seeds each;
-and the tables `search.csv`, `final.csv`, `evals.csv`, `config.json` in nbs/data/ablations, from whatever is done.
+there are cores: a small search, the same for every method, on a seed that is not reported (the rate by accuracy, then
+the method's own parameter by how often the most confident answer is right); the runs, five seeds each; and the tables
+`search.csv`, `final.csv`, `evals.csv`, `config.json` in nbs/data/ablations, from whatever is done. Without the search
+stage, what is recorded of it is taken.
 """
 import argparse, csv, json, math, shlex, sys
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import torch
 from capo.advantage import pairwise_advantage
 from capo.baselines import (
     c2gspg, cde, cispo, codapo, dapo, disco, dr_grpo, gspo, pairwise, real, simko, staircase, unlikeliness)
-from capo.compare import Job, described, made_with, make_base, processes, run_job
+from capo.compare import Job, commit, described, made_with, make_base, processes, run_job
 from capo.evaluate import assess, evaluate
 from capo.folder import same_run
 from capo.grpo import clipped_loss
@@ -75,14 +77,15 @@ def mean_of_pairs(A, reward, valid, tau, groups=1):
 def sum_of_pairs(A, reward, valid, tau, groups=1): return tau * A / groups
 
 
-# What is searched: a method's own main parameter, its source's value in the middle
+# What is searched: a method's own main parameter, its source's value or ours among the three
 
 GRID: dict[str, tuple[Callable[..., Recipe], tuple]] = {
     "grpo": (clipped_grpo, (.1, .2, .4)), "grpo-mask": (masked_grpo, (2., 2.1, 2.2)),
     "grpo-across": (partial(grpo, True, 1, math.inf), (.25, .5, 1.)), "capo": (our, (.25, .5, 1.)),
     "capo-across": (partial(our, TAU, *MASK, grpo_size), (.25, .5, 1.)),
     "dr_grpo": (partial(dr_grpo, 16), (.1, .2, .4)), "dapo": (dapo, ((.2, .2), (.2, .28), (.2, .4))),
-    "gspo": (gspo, ((3e-4, 4e-4), (3e-3, 4e-3), (3e-2, 4e-2))), "cispo": (cispo, (2., 5., 10.)), "disco": (disco, (1., 10., None)), "real": (real, (.25, .5, 1.)),
+    "gspo": (gspo, ((3e-4, 4e-4), (3e-3, 4e-3), (3e-2, 4e-2))), "cispo": (cispo, (2., 5., 10.)),
+    "disco": (disco, (1., 10., None)), "real": (real, (.25, .5, 1.)),
     "c2gspg": (c2gspg, (.01, .03, .1)), "unlikeliness": (unlikeliness, (.1, .25, .5)),
     "codapo": (codapo, (.05, .1, .5)), "cde": (falling, (.5, 1., 2.)), "simko": (simko, (.01, .03, .1))}
 
@@ -120,21 +123,27 @@ def searches(folder):
 
 
 def searched(folder):
-    "Rows of the search: the mean of the last two evaluations of each setting that is done."
+    "Rows of the search with their jobs: the mean of a setting's last two evaluations, or what is recorded of it."
+    file = DATA / "search.csv"
+    recorded = list(csv.DictReader(file.open())) if file.exists() else []
+    known = {(row["method"], float(row["lr"]), row["value"]): row for row in recorded}
     for job, value in searches(folder):
-        file = Path(job.folder) / "result.json"
-        if not file.exists(): continue
-        late = json.loads(file.read_text())["evals"][-2:]
-        mean = {k: sum(e[k] for e in late) / 2 for k in ("accuracy", "auc_mean", "most_confident", "entropy")}
-        yield {"method": job.arm, "lr": job.config.lr, "value": said(value)} | mean, job
+        key, result = (job.arm, job.config.lr, said(value)), Path(job.folder) / "result.json"
+        if result.exists(): late = json.loads(result.read_text())["evals"][-2:]
+        elif key in known: late = [known[key]] * 2
+        else: continue
+        mean = {k: sum(float(e[k]) for e in late) / 2 for k in ("accuracy", "auc_mean", "most_confident", "entropy")}
+        yield dict(zip(("method", "lr", "value"), key)) | mean, job
 
 
 def chosen(folder):
-    "Each method's setting whose most confident answer is right most often; its row and job."
-    best = {}
-    for row, job in searched(folder):
-        if row["method"] not in best or row["most_confident"] > best[row["method"]][0]["most_confident"]:
-            best[row["method"]] = row, job
+    "Each method's setting, its row and job: the rate of its most accurate run, and there the surest answer most right."
+    best, every = {}, list(searched(folder))
+    for name in GRID:
+        mine = [(row, job) for row, job in every if row["method"] == name]
+        if not mine: continue
+        rate = max(mine, key=lambda x: x[0]["accuracy"])[0]["lr"]
+        best[name] = max((x for x in mine if x[0]["lr"] == rate), key=lambda x: x[0]["most_confident"])
     return best
 
 
@@ -143,7 +152,8 @@ def runs(folder, bases):
     at = lambda arm, make, base, config, where: [
         Job(arm, make, base(s), str(folder / where / f"{arm}-{s}"), replace(config, seed=s), 256) for s in SEEDS]
     calibrated, other = (lambda s: str(bases / f"base-{s}")), (lambda s: str(folder / "systematic" / f"base-{s}"))
-    for name, (_, job) in chosen(folder).items():
+    best = chosen(folder)
+    for name, (_, job) in best.items():
         yield from at(name, job.make, calibrated, replace(RUNS, lr=job.config.lr), "tuned")
     plain = lambda arms: [j for arm, make in arms.items() for j in at(arm, make, calibrated, RUNS, "plain")]
     yield from plain(ACROSS)
@@ -151,6 +161,10 @@ def runs(folder, bases):
     yield from plain(TAUS | MASKS | SURROGATES | SIZES)
     for arm, (make, G) in GROUPS.items():
         yield from at(arm, make, calibrated, replace(RUNS, group_size=G, questions=512 // G), "plain")
+    for name, (_, job) in best.items():    # the other rate of those with the lower one, GRPO, CAPO
+        lr = RUNS.lr if job.config.lr < RUNS.lr else RATES[0]
+        if lr == RUNS.lr or name in ("grpo", "capo"):
+            yield from at(f"{name}-at-{lr:g}", job.make, calibrated, replace(RUNS, lr=lr), "plain")
 
 
 def finished(job):
@@ -178,17 +192,18 @@ def write(path, rows):
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def tables(folder, jobs):
-    "Writes the tables from what is done."
+def tables(folder, jobs, map=map):
+    "Writes the tables from what is done; `map` is that of a pool, or Python's own."
     DATA.mkdir(parents=True, exist_ok=True)
     done = [job for job in jobs if (Path(job.folder) / "result.json").exists()]
-    write(DATA / "search.csv", (row for row, _ in searched(folder)))
+    write(DATA / "search.csv", [row for row, _ in searched(folder)])
     write(DATA / "final.csv", map(finished, done))
     read = lambda job: json.loads((Path(job.folder) / "result.json").read_text())["evals"]
     write(DATA / "evals.csv", (where(job) | e for job in done for e in read(job)))
     about = json.loads((folder / "config.json").read_text())
     arms = {f"{w['set']}/{w['arm']}": described(job.make) for job in done for w in [where(job)]}
-    text = json.dumps(about["made_with"] | {"search": asdict(SEARCH), "runs": asdict(RUNS), "arms": arms}, indent=1)
+    made = about["made_with"] | {"tables_by": commit()}      # the rule of the search may be younger than its runs
+    text = json.dumps(made | {"search": asdict(SEARCH), "runs": asdict(RUNS), "arms": arms}, indent=1)
     (DATA / "config.json").write_text(text + "\n")
     print(f"{len(done)} of {len(jobs)} runs are done; the tables are in {DATA}")
 
@@ -211,4 +226,4 @@ if __name__ == "__main__":
             worlds = [str(folder / "systematic" / f"base-{s}") for s in SEEDS]
             list(pool.map(partial(make_base, teacher=systematic_teacher), SEEDS, worlds))
             list(pool.map(run_job, list(runs(folder, a.bases))))
-    if "tables" in a.stage: tables(folder, list(runs(folder, a.bases)))
+        if "tables" in a.stage: tables(folder, list(runs(folder, a.bases)), pool.map)
