@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Weighted', 'bootstrap', 'resamples', 'Statistic', 'ratio', 'question_mean', 'by_question', 'mean_over', 'Ranked',
            'ranked', 'weighted_auc', 'weighted_area', 'weighted_prr', 'weighted_ece', 'correlation', 'influence',
-           'student', 'wilson', 'interval', 'Estimate']
+           'student', 'wilson', 'interval', 'Estimate', 'seed_mean']
 
 # %% ../nbs/19_interval.ipynb #19fe7f91
 import functools, math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -238,6 +238,20 @@ class Estimate:
     low: float
     high: float
     note: str = ""
-    def __str__(self) -> str:
+    def __str__(self) -> str: return format(self)
+    def __format__(self, spec: str) -> str:
         if math.isnan(self.value): return "–"
-        return f"{self.value:.3f}" if math.isnan(self.low) else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        value, low, high = (format(x, spec or ".3f") for x in (self.value, self.low, self.high))
+        return value if math.isnan(self.low) else f"{value} [{low}, {high}]"
+
+# %% ../nbs/19_interval.ipynb #19f0000d
+def seed_mean(
+    values: Sequence[float], # one from each seed
+) -> Estimate:
+    "Their mean, with its 95 % interval by Student's t; without one for a single seed."
+    x = torch.as_tensor(values, dtype=torch.float64)
+    if len(x) == 0: return Estimate(math.nan, math.nan, math.nan, "no seed")
+    mean = x.mean().item()
+    if len(x) == 1: return Estimate(mean, math.nan, math.nan, "one seed")
+    half = student(len(x) - 1) * x.std().item() / math.sqrt(len(x))
+    return Estimate(mean, mean - half, mean + half)
