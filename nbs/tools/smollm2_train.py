@@ -26,7 +26,7 @@ from capo.task import last_integer, verify
 from capo.train import TrainConfig, train
 from smollm2_sums import BUDGET, CACHE, DATA, HELD_OUT, QUESTIONS, TASKS, load, numbers, spread
 
-ARMS = "grpo", "capo", "capo-across", "grpo-mask", "grpo-across"       # in the order in which they are run
+ARMS = "grpo", "capo", "grpo-mask", "capo-nomask", "capo-across", "grpo-across"   # in the order in which they are run
 PUBLISHED = "grpo", "capo"
 UNREPORTED, RATES = 101, (5e-5, 1e-4, 2e-4, 4e-4)     # seed of the settings; rates to choose from
 CONFIG = TrainConfig(steps=100, questions=16, group_size=8, updates=1, max_new_tokens=BUDGET, sample_tokens=CACHE,
