@@ -39,7 +39,7 @@ SECONDS = {
     "34_compare.ipynb": 300,
     "40_tiny_lm.ipynb": 300,
     "41_ablations.ipynb": 120,
-    "42_smollm2.ipynb": 180,
+    "42_smollm2.ipynb": 300,
     "43_trust.ipynb": 180,
     "44_qwen.ipynb": 180,
     "50_trl.ipynb": 180,
