@@ -1,5 +1,5 @@
 "CAPO, Calibration-Aware Policy Optimization for reasoning LLMs (arXiv 2604.12632): the pure core, only torch."
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 from .calibration import auc, auc_mean, group_auc, group_index, pair_auc, pooled_auc
 from .surrogate import Surrogate, exponential, hinge, linear, logistic, squared_hinge
