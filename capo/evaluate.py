@@ -7,7 +7,7 @@ __all__ = ['NUMBERS', 'Number', 'VOTERS', 'VOTED', 'THIRTY', 'FEWEST', 'FEWEST_P
            'evaluate', 'Missing', 'unless', 'blocks', 'chosen_questions', 'of_groups', 'auc_of_each', 'answer_numbers',
            'perplexity_of_texts', 'rpc_of_texts', 'order_numbers', 'threshold_numbers', 'confidence_numbers',
            'statistics', 'reliable', 'estimate', 'Assessment', 'counts', 'assess', 'Comparison', 'agree',
-           'shared_questions', 'paired']
+           'shared_questions', 'paired', 'seed_differences']
 
 # %% ../nbs/23_evaluate.ipynb #e2be7f91
 import math, re
@@ -389,3 +389,14 @@ def paired(
     number = {k: difference(one.statistics[k], other.statistics[k]) for k in NUMBERS}
     found = {k: estimate(f, n, one.level, reliable(k, n, FEWEST_PAIRED)) for k, f in number.items()}
     return Comparison(found, n, (len(one.responses) - n - odd, len(other.responses) - n - odd), odd)
+
+# %% ../nbs/23_evaluate.ipynb #23f00002
+def seed_differences(
+    one: Sequence[Statistic],   # of an arm, one from each seed
+    other: Sequence[Statistic], # of another on the same questions, compared with it
+    B: int,                     # questions
+) -> tuple[list[float], Estimate]:
+    "`other` minus `one`: of each seed; and the mean over seeds, with its interval over questions."
+    mean = Statistic(lambda w: sum(g(w) - f(w) for f, g in zip(one, other)) / len(one), B, share=False)
+    every = torch.ones(1, B, dtype=torch.float64)
+    return [(g(every) - f(every)).item() for f, g in zip(one, other)], estimate(mean, B)
