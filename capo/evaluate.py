@@ -397,6 +397,6 @@ def seed_differences(
     B: int,                     # questions
 ) -> tuple[list[float], Estimate]:
     "`other` minus `one`: of each seed; and the mean over seeds, with its interval over questions."
-    mean = Statistic(lambda w: sum(g(w) - f(w) for f, g in zip(one, other)) / len(one), B, share=False)
+    mean = Statistic(lambda w: torch.stack([g(w) - f(w) for f, g in zip(one, other)]).mean(0), B, share=False)
     every = torch.ones(1, B, dtype=torch.float64)
     return [(g(every) - f(every)).item() for f, g in zip(one, other)], estimate(mean, B)
